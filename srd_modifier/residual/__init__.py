@@ -1,0 +1,29 @@
+"""The residual mathematics: what W4 lost, as small integers and group scales, and back.
+
+Pure functions on tensors. Nothing here reads a file, knows a module, or imports the rest of the package.
+
+    format      ResidualFormat: width, group size, rounding, density, scale dtype, and the bytes they cost
+    codec       encode() and decode(), one the inverse of the other up to the rounding step
+    packing     integers of 1 to 4 bits to bytes and back
+    rounding    nearest, stochastic and subtractive dither, with reproducible noise
+
+>>> import torch
+>>> from srd_modifier.residual import ResidualFormat, decode, encode
+>>> residual = torch.randn(4, 128) * 1e-3
+>>> fmt = ResidualFormat(bits=8, group_size=64)
+>>> encoded = encode(residual, fmt)
+>>> (decode(encoded, fmt, in_features=128) - residual).abs().max().item() < 2e-5
+True
+"""
+
+from srd_modifier.residual.codec import EncodedResidual, add_decoded_, decode, encode
+from srd_modifier.residual.format import WHOLE_ROW, ResidualFormat
+
+__all__ = [
+    "WHOLE_ROW",
+    "EncodedResidual",
+    "ResidualFormat",
+    "add_decoded_",
+    "decode",
+    "encode",
+]

@@ -1,0 +1,259 @@
+"""Encode a residual to integer codes and group scales, and decode it again.
+
+    R ~ codes * scale,   one scale per output row and group of columns
+
+At 8 bits the scale is `absmax / 127`, rounded up to its dtype so that no entry is ever clipped. At 4, 3 and 2
+bits nearest rounding searches each group's scale for the least squared error, because with so few codes a
+clipped extreme is often worth a finer step.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from srd_modifier.residual.format import ResidualFormat
+from srd_modifier.residual.packing import pack, unpack
+from srd_modifier.residual.rounding import round_, uniform_noise
+
+# scales that the search tries, from "clip hard" to the covering scale
+_SEARCH_CANDIDATES = 20
+
+_BLOCK_ENTRIES = 2**20
+
+
+class EncodedResidual(NamedTuple):
+    """A residual as it is stored; shapes and dtypes are `ResidualFormat.layout`'s.
+
+    Attributes:
+        codes: int8 `[out, in]`, or packed uint8.
+        scale: bfloat16 or float32 `[out, ceil(in / group_size)]`.
+        mask: uint8 `[out, ceil(in / 8)]` of the kept entries, or None when all are kept.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    mask: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by their suffix in the sidecar."""
+        named = {"weight_d8": self.codes, "weight_d8_scale": self.scale}
+        return named if self.mask is None else {**named, "weight_d8_mask": self.mask}
+
+
+def encode(
+    residual: Tensor, fmt: ResidualFormat, *, key: str = "", importance: Tensor | None = None
+) -> EncodedResidual:
+    """Quantize a residual.
+
+    Args:
+        residual: `[out, in]`, any floating dtype; computed in float32 on its own device.
+        fmt: width, group size, rounding, density, scale dtype, seed.
+        key: the module's name; it selects the noise of `stochastic` and `dithered`.
+        importance: `[in]`, mean squared input of each column. Weighs the errors in the scale search and in
+            the choice of the entries to keep.
+
+    Returns:
+        Codes, scales and mask on the residual's device.
+
+    Raises:
+        ValueError: the residual is not a matrix or not finite.
+    """
+    if residual.dim() != 2 or residual.numel() == 0:
+        raise ValueError(f"expected a residual [out_features, in_features], got shape {tuple(residual.shape)}")
+    out_features, in_features = residual.shape
+    residual = residual.float()
+    weight = None if importance is None else _checked_importance(importance, in_features).to(residual)
+    if weight is not None and not bool(weight.any()):
+        weight = None  # an expert that no calibration token reached: no column is known to matter more
+    keep = None
+    if fmt.sparse:
+        keep = _most_important(residual, fmt.kept(out_features, in_features), weight)
+        residual = residual * keep
+
+    noise = None
+    if fmt.rounding != "nearest":
+        noise = uniform_noise((out_features, in_features), fmt.seed, key, residual.device)
+    blocks = [
+        _encode_rows(residual[rows], fmt, None if noise is None else noise[rows], weight)
+        for rows in _row_blocks(out_features, in_features)
+    ]
+    codes = torch.cat([block for block, _ in blocks])
+    scale = torch.cat([block for _, block in blocks])
+    if keep is None:
+        return EncodedResidual(_store(codes, fmt.bits), scale)
+    return EncodedResidual(_store(codes[keep].unsqueeze(0), fmt.bits), scale, pack(keep.to(torch.uint8), 1))
+
+
+def _encode_rows(
+    residual: Tensor, fmt: ResidualFormat, noise: Tensor | None, importance: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Codes int8 `[rows, in]` and scales `[rows, groups]` of some rows of a residual."""
+    rows, in_features = residual.shape
+    grouped = _grouped(residual, fmt)
+    absmax = grouped.abs().amax(dim=-1)
+    if not bool(torch.isfinite(absmax).all()):
+        raise ValueError("the residual has NaN or infinite entries")
+    if fmt.bits == 8 or noise is not None:
+        scale = _covering_scale(absmax, fmt)
+    else:
+        scale = _searched_scale(grouped, absmax, fmt, importance)
+    steps = _divide(grouped, scale)
+    codes = round_(steps, fmt.rounding, None if noise is None else _grouped(noise, fmt))
+    return codes.clamp_(*_code_range(fmt.bits)).to(torch.int8).reshape(rows, -1)[:, :in_features], scale
+
+
+def decode(encoded: EncodedResidual, fmt: ResidualFormat, *, in_features: int, key: str = "") -> Tensor:
+    """The residual that `encode` stored: float32 `[out, in]`, on the codes' device.
+
+    Args:
+        encoded: codes, scales and mask.
+        fmt: the settings it was encoded with.
+        in_features: columns of the weight; packed codes do not know it.
+        key: the module's name, for `dithered` codes.
+    """
+    zeros = torch.zeros(encoded.scale.shape[0], in_features, device=encoded.codes.device)
+    return add_decoded_(zeros, encoded, fmt, key=key)
+
+
+def add_decoded_(
+    weight: Tensor, encoded: EncodedResidual, fmt: ResidualFormat, *, key: str = "", alpha: float = 1.0
+) -> Tensor:
+    """Add `alpha` times the decoded residual to `weight`, float32 `[out, in]`, in place."""
+    if alpha == 0.0:
+        return weight  # adding zero would turn -0.0 into 0.0
+    out_features, in_features = weight.shape
+    noise = None
+    if fmt.rounding == "dithered":
+        noise = uniform_noise((out_features, in_features), fmt.seed, key, weight.device)
+        if encoded.mask is not None:
+            noise *= unpack(encoded.mask, 1, in_features)
+    columns = fmt.columns_per_group(in_features)
+    codes = _load(encoded, fmt, out_features, in_features)
+    for rows in _row_blocks(out_features, in_features):
+        steps = codes[rows].to(torch.float32)
+        if noise is not None:
+            steps -= noise[rows]
+        scale = encoded.scale[rows].float()
+        if in_features % columns == 0:
+            shape = (len(steps), -1, columns)
+            weight[rows].view(shape).addcmul_(steps.view(shape), scale.unsqueeze(-1), value=alpha)
+        else:
+            weight[rows].addcmul_(steps, scale.repeat_interleave(columns, dim=1)[:, :in_features], value=alpha)
+    return weight
+
+
+def _row_blocks(out_features: int, in_features: int) -> Iterator[slice]:
+    """Slices of rows of about a million entries, so that the temporaries of a large weight stay in the cache."""
+    rows = max(1, _BLOCK_ENTRIES // in_features)
+    return (slice(start, start + rows) for start in range(0, out_features, rows))
+
+
+def _grouped(matrix: Tensor, fmt: ResidualFormat) -> Tensor:
+    """`[rows, in]` as `[rows, groups, columns]`, the last group padded with zeros."""
+    columns = fmt.columns_per_group(matrix.shape[1])
+    return pad(matrix, (0, -matrix.shape[1] % columns)).reshape(len(matrix), -1, columns)
+
+
+def _code_range(bits: int) -> tuple[int, int]:
+    # symmetric at 8 bits, where one code in 256 buys nothing and symmetric int8 is what kernels expect
+    return (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def _store(codes: Tensor, bits: int) -> Tensor:
+    """Codes int8 `[rows, n]` as stored: int8, or two's complement of `bits` bits packed into bytes."""
+    if bits == 8:
+        return codes.contiguous()
+    return pack((codes & (2**bits - 1)).view(torch.uint8), bits)
+
+
+def _load(encoded: EncodedResidual, fmt: ResidualFormat, out_features: int, in_features: int) -> Tensor:
+    """Codes int8 `[out, in]`; entries that were not kept are 0."""
+    keep = None if encoded.mask is None else unpack(encoded.mask, 1, in_features).bool()
+    rows, columns = (out_features, in_features) if keep is None else (1, int(keep.sum()))
+    if fmt.bits == 8:
+        codes = encoded.codes
+    else:
+        sign = 2 ** (fmt.bits - 1)
+        codes = (unpack(encoded.codes, fmt.bits, columns) ^ sign).view(torch.int8) - sign
+    if keep is None:
+        return codes.view(rows, columns)
+    dense = torch.zeros(out_features, in_features, dtype=torch.int8, device=codes.device)
+    return dense.masked_scatter_(keep, codes.reshape(-1))
+
+
+def _divide(grouped: Tensor, scale: Tensor) -> Tensor:
+    """`grouped` in steps of its scale; a group whose scale is 0 becomes 0."""
+    divisor = scale.float()
+    divisor = torch.where(divisor == 0, torch.inf, divisor)
+    return grouped / divisor.unsqueeze(-1)
+
+
+def _covering_scale(absmax: Tensor, fmt: ResidualFormat) -> Tensor:
+    """The least representable scale with which nothing is clipped; that keeps the noisy roundings unbiased."""
+    _, high = _code_range(fmt.bits)
+    # dither moves a value by up to half a step before it is rounded
+    return _round_away(absmax / (high - 0.5 if fmt.rounding == "dithered" else high), fmt.torch_scale_dtype)
+
+
+def _searched_scale(grouped: Tensor, absmax: Tensor, fmt: ResidualFormat, importance: Tensor | None) -> Tensor:
+    """Per group, the scale with the least (weighted) squared error.
+
+    It is negative where the extreme is positive: two's complement has one code more on the negative side.
+    """
+    low, high = _code_range(fmt.bits)
+    sign = torch.where(grouped.amax(-1) >= -grouped.amin(-1), -1.0, 1.0)
+    weight = None
+    if importance is not None:
+        weight = _grouped(importance.unsqueeze(0), fmt)
+        weight = torch.where(weight.sum(-1, keepdim=True) == 0, 1.0, weight)
+    # relative to the group's extreme, so that squares neither overflow nor vanish
+    unit = _divide(grouped, absmax)
+    size = torch.where(absmax == 0, 1.0, absmax)
+    best_error = torch.full_like(absmax, torch.inf)
+    best_scale = torch.zeros_like(absmax, dtype=fmt.torch_scale_dtype)
+    for fraction in torch.linspace(0.5 / -low, 1.0 / high, _SEARCH_CANDIDATES).tolist():
+        scale = (sign * absmax * fraction).to(fmt.torch_scale_dtype)
+        relative = scale.float() / size
+        codes = _divide(unit, relative).round_().clamp_(low, high)
+        error = codes.mul_(relative.unsqueeze(-1)).sub_(unit).square_()
+        error = (error if weight is None else error.mul_(weight)).sum(-1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+    return best_scale
+
+
+def _round_away(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale` (float32, not negative) in `dtype`, rounded up."""
+    rounded = scale.to(dtype)
+    if dtype == torch.float32:
+        return rounded
+    # the next bfloat16 away from zero is the next integer of the same bits
+    return (rounded.view(torch.int16) + (rounded.float() < scale).to(torch.int16)).view(dtype)
+
+
+def _checked_importance(importance: Tensor, in_features: int) -> Tensor:
+    if importance.shape != (in_features,):
+        raise ValueError(f"expected an importance [{in_features}], got shape {tuple(importance.shape)}")
+    if not bool((torch.isfinite(importance) & (importance >= 0)).all()):
+        raise ValueError("the importance has negative, NaN or infinite entries")
+    return importance
+
+
+def _most_important(residual: Tensor, count: int, importance: Tensor | None) -> Tensor:
+    """Bool mask of the `count` entries whose loss would cost most: `R^2`, times the input's mean square if known.
+
+    Equal scores are kept in row-major order, so the choice is the same every time.
+    """
+    score = residual.abs()  # ordered like its square, which would overflow
+    if importance is not None:
+        score *= importance.to(score).sqrt()
+    flat = score.flatten()
+    threshold = flat.kthvalue(flat.numel() - count + 1).values
+    keep = flat > threshold
+    ties = (flat == threshold).nonzero().flatten()
+    keep[ties[: count - int(keep.sum())]] = True
+    return keep.view_as(residual)
