@@ -1,0 +1,156 @@
+"""Directories and files that appear whole or not at all.
+
+Everything is written under a temporary name beside the target, flushed to the disk, and renamed. A kill at any
+point leaves the target as it was; what may stay behind is a sibling whose name ends in `.partial`.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from srd_modifier.errors import CheckpointError
+
+
+@contextmanager
+def new_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling of `target` to fill; it becomes `target` when the block ends without an error.
+
+    Args:
+        target: the directory to make.
+        overwrite: replace an existing model directory; otherwise one with files in it is refused.
+
+    Raises:
+        CheckpointError: the target is in the way, or the disk refused a write. The target is untouched.
+    """
+    refuse_existing(target, overwrite=overwrite)
+    with _staging(target) as staging:
+        yield staging
+        flush_tree(staging)
+        _swap(staging, target)
+
+
+@contextmanager
+def merge_directory(target: Path) -> Iterator[Path]:
+    """As `new_directory`, but an existing directory keeps its other files, as `save_pretrained` promises.
+
+    The old weights and config.json are removed before the new ones are moved in, config.json last: at no moment does
+    the target hold a loadable mixture of old and new.
+    """
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file, expected a directory")
+    with _staging(target) as staging:
+        yield staging
+        flush_tree(staging)
+        if target.is_dir() and any(target.iterdir()):
+            _merge(staging, target)
+        else:
+            _swap(staging, target)
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    staging = sibling(target)
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+    except OSError as error:
+        raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def refuse_existing(target: Path, *, overwrite: bool) -> None:
+    """Raise CheckpointError if `target` is a file, or a directory with files in it that may not be replaced."""
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file, expected a directory that does not exist yet")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise CheckpointError(f"{target} already exists; choose another directory or pass --overwrite")
+    if not (target / "config.json").is_file():
+        raise CheckpointError(f"{target} is not a model directory and is not overwritten; remove it yourself")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file whole: temporary sibling, flush, rename."""
+    temporary = sibling(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole, indented, keys in their own order."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def link_or_copy(source: Path, destination: Path) -> None:
+    """The same file under a second name: a hard link where the file system allows it, else a copy."""
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copyfile(source, destination)
+
+
+def flush_tree(directory: Path) -> None:
+    """Flush every file and directory below `directory` to the disk."""
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            _flush(Path(folder, name))
+        _flush(Path(folder))
+
+
+def sibling(target: Path) -> Path:
+    """A name for a temporary file or directory beside `target`, on the same file system."""
+    target = target.absolute()
+    return target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _swap(staging: Path, target: Path) -> None:
+    if not target.exists():
+        staging.rename(target)
+    else:
+        replaced = sibling(target)
+        target.rename(replaced)
+        try:
+            staging.rename(target)
+        except OSError:
+            replaced.rename(target)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+    _flush(target.absolute().parent)
+
+
+def _merge(staging: Path, target: Path) -> None:
+    config = "config.json"
+    (target / config).unlink(missing_ok=True)
+    for pattern in ("*.safetensors", "*.safetensors.index.json"):
+        for stale in target.glob(pattern):
+            stale.unlink()
+    shutil.rmtree(target / "srd", ignore_errors=True)
+    for source in sorted(staging.iterdir(), key=lambda path: path.name == config):
+        destination = target / source.name
+        if destination.is_dir():
+            shutil.rmtree(destination)
+        source.replace(destination)
+    flush_tree(target)

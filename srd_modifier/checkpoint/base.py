@@ -1,0 +1,163 @@
+"""The base of a checkpoint: its W4A16 tensors, the digest that binds a sidecar to them, its weights in float32."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from srd_modifier.checkpoint.config import read_json
+from srd_modifier.checkpoint.shards import Shard, TensorInfo
+from srd_modifier.checkpoint.w4 import dequantize_w4
+from srd_modifier.errors import CheckpointError
+from srd_modifier.selection.depth import count_layers
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PACKED = ".weight_packed"
+
+# the fingerprint reads this many pages of a tensor, evenly spaced, first and last included
+_SAMPLE_PAGES = 16
+_PAGE = 4096
+
+
+class BaseCheckpoint:
+    """The safetensors files in the root of a model directory, opened and checked but not read.
+
+    Raises:
+        CheckpointError: there are none, or one is missing or damaged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.shards = [Shard.open(path) for path in _weight_files(directory)]
+        self._shard_of: dict[str, Shard] = {}
+        for shard in self.shards:
+            for name in shard.tensors:
+                if name in self._shard_of:
+                    raise CheckpointError(f"{name} is in both {self._shard_of[name].path} and {shard.path}")
+                self._shard_of[name] = shard
+
+    def __contains__(self, tensor: str) -> bool:
+        return tensor in self._shard_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shard_of)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the weights."""
+        return [shard.path for shard in self.shards]
+
+    @cached_property
+    def quantized_modules(self) -> list[str]:
+        """Modules whose weight is packed int4, in the order of the files."""
+        return [name.removesuffix(_PACKED) for name in self._shard_of if name.endswith(_PACKED)]
+
+    @cached_property
+    def layers(self) -> int:
+        """Decoder layers, counted from the tensors' names."""
+        return count_layers(self._shard_of)
+
+    def info(self, tensor: str) -> TensorInfo:
+        """Dtype, shape and place of a tensor."""
+        return self._shard(tensor).tensors[tensor]
+
+    def tensor(self, tensor: str) -> Tensor:
+        """A tensor, mapped from its file."""
+        return self._shard(tensor).tensor(tensor)
+
+    def path_of(self, tensor: str) -> Path:
+        """The file that holds a tensor."""
+        return self._shard(tensor).path
+
+    def module_tensors(self, module: str) -> dict[str, TensorInfo]:
+        """The tensors of a quantized module by their own names (`weight_packed`, `weight_scale`, ...)."""
+        suffixes = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+        return {suffix: self.info(f"{module}.{suffix}") for suffix in suffixes if f"{module}.{suffix}" in self}
+
+    def weight_shape(self, module: str) -> tuple[int, int]:
+        """`(out_features, in_features)` of a quantized module.
+
+        Raises:
+            CheckpointError: the module's tensors are not those of `pack-quantized` int4.
+        """
+        out_features, in_features = (int(size) for size in self.tensor(f"{module}.weight_shape").tolist())
+        packed = self.info(module + _PACKED)
+        if packed.dtype != "I32" or packed.shape != (out_features, -(-in_features // 8)):
+            raise CheckpointError(
+                f"{self.path_of(module + _PACKED)}: {module}.weight_packed is {packed.dtype} {list(packed.shape)}, "
+                f"expected I32 {[out_features, -(-in_features // 8)]} for 4-bit weights"
+            )
+        return out_features, in_features
+
+    def dequantize(self, module: str, device: torch.device | str = "cpu") -> Tensor:
+        """The W4 weight of a module: float32 `[out, in]` on `device`."""
+        _, in_features = self.weight_shape(module)
+        if f"{module}.weight_g_idx" in self:
+            raise CheckpointError(
+                f"{self.path_of(module + _PACKED)}: {module} orders its groups by activation (weight_g_idx), which "
+                "this version does not read; quantize with actorder: static"
+            )
+        zero_point = f"{module}.weight_zero_point"
+        return dequantize_w4(
+            self.tensor(module + _PACKED).to(device),
+            self.tensor(f"{module}.weight_scale").to(device),
+            self.tensor(zero_point).to(device) if zero_point in self else None,
+            in_features,
+        )
+
+    def tensor_digests(self) -> dict[str, str]:
+        """SHA-256 of the bytes of every tensor, in hexadecimal; reads every file once, on all cores."""
+        return self._hash_tensors(lambda data: hashlib.sha256(data).hexdigest())
+
+    def digest(self) -> str:
+        """SHA-256 over names, dtypes, shapes and bytes; it does not depend on how the tensors are sharded."""
+        return self.combine(self.tensor_digests())
+
+    def fingerprint(self) -> str:
+        """As `digest`, over samples of the bytes: another model is noticed, one flipped bit may not be."""
+        return self.combine(self._hash_tensors(_sample_hash))
+
+    def combine(self, tensor_digests: dict[str, str]) -> str:
+        """One digest out of the tensors' own, names, dtypes and shapes included."""
+        total = hashlib.sha256()
+        for name in sorted(tensor_digests):
+            info = self.info(name)
+            total.update(f"{name}\t{info.dtype}\t{list(info.shape)}\t{tensor_digests[name]}\n".encode())
+        return "sha256:" + total.hexdigest()
+
+    def _hash_tensors(self, hash_bytes: Callable[[memoryview], str]) -> dict[str, str]:
+        with ThreadPoolExecutor() as pool:
+            hashes = pool.map(lambda name: hash_bytes(self._shard_of[name].bytes(name)), self._shard_of)
+            return dict(zip(self._shard_of, hashes, strict=True))
+
+    def _shard(self, tensor: str) -> Shard:
+        if tensor not in self._shard_of:
+            raise CheckpointError(f"{self.directory} has no tensor {tensor}")
+        return self._shard_of[tensor]
+
+
+def _sample_hash(data: memoryview) -> str:
+    if len(data) <= _SAMPLE_PAGES * _PAGE:
+        return hashlib.sha256(data).hexdigest()
+    sample = hashlib.sha256()
+    for page in range(_SAMPLE_PAGES):
+        start = (len(data) - _PAGE) * page // (_SAMPLE_PAGES - 1)
+        sample.update(data[start : start + _PAGE])
+    return sample.hexdigest()
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / _INDEX
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} has no weight_map")
+        return [directory / name for name in sorted(set(weight_map.values()))]
+    if (directory / _SINGLE).is_file():
+        return [directory / _SINGLE]
+    raise CheckpointError(f"{directory} has neither {_SINGLE} nor {_INDEX}")

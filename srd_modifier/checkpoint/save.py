@@ -1,0 +1,67 @@
+"""Base and sidecar bound together in one directory."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from srd_modifier.checkpoint.atomic import link_or_copy, write_json
+from srd_modifier.checkpoint.base import BaseCheckpoint
+from srd_modifier.checkpoint.config import CONFIG_KEY, IMPORTANCE, SIDECAR_INDEX, SRDConfig, read_model_config
+from srd_modifier.errors import CheckpointError
+from srd_modifier.residual import ResidualFormat
+
+
+def attach_sidecar(
+    directory: Path,
+    files: Iterable[Path],
+    *,
+    modules: Iterable[str],
+    fmt: ResidualFormat,
+    alpha: float = 1.0,
+    layer_alphas: Mapping[str, float] | None = None,
+    importance: Mapping[str, Tensor] | None = None,
+    base_digests: Mapping[str, str] | None = None,
+) -> SRDConfig:
+    """Put a written sidecar beside the W4A16 model in `directory`, and srd_config into its config.json.
+
+    Args:
+        directory: a complete W4A16 checkpoint.
+        files: of a finished `SidecarWriter`; linked where the file system allows it.
+        modules: the corrected modules, in the model's order.
+        fmt: the default format of the residuals.
+        alpha: written to srd_config.
+        layer_alphas: written to srd_config.
+        importance: mean squared input by module, float32 `[in_features]`.
+        base_digests: SHA-256 of the base tensors that the residuals were taken against, by name.
+
+    Raises:
+        CheckpointError: a base tensor on disk is not the one its residual was taken against.
+    """
+    base = BaseCheckpoint(directory)
+    digests = base.tensor_digests()
+    for name, digest in (base_digests or {}).items():
+        if digests.get(name) != digest:
+            raise CheckpointError(
+                f"{directory}: {name} was saved with other bytes than its residual was computed from; "
+                "the model was changed between calibration and saving"
+            )
+    folder = (directory / SIDECAR_INDEX).parent
+    folder.mkdir()
+    for file in files:
+        link_or_copy(file, folder / file.name)
+    if importance:
+        save_file({f"{name}.importance": value for name, value in importance.items()}, directory / IMPORTANCE)
+    config = SRDConfig(
+        modules=tuple(modules),
+        format=fmt,
+        alpha=alpha,
+        layer_alphas=dict(layer_alphas or {}),
+        base_digest=base.combine(digests),
+        base_fingerprint=base.fingerprint(),
+    )
+    model_config = read_model_config(directory)
+    model_config[CONFIG_KEY] = config.to_dict()
+    write_json(directory / "config.json", model_config)
+    return config

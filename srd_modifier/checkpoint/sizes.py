@@ -1,0 +1,57 @@
+"""Bytes on disk, and bits per weight of the weights that quantization covers."""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from srd_modifier.checkpoint.base import BaseCheckpoint
+from srd_modifier.checkpoint.config import read_srd_config
+from srd_modifier.checkpoint.shards import DTYPES
+from srd_modifier.checkpoint.sidecar import Sidecar
+from srd_modifier.selection.depth import layer_of
+
+
+@dataclass(frozen=True)
+class CheckpointSize:
+    """What a checkpoint costs.
+
+    Attributes:
+        bytes_on_disk: of the files that hold weights: the base, and the residual tensors that are used.
+        bits_per_weight: bits of the quantized Linear weights over their number: codes, scales, zero points,
+            shapes, residual codes, residual scales and masks. For a dense model, of its decoder layers' matrices.
+        quantized_weights: number of those weights.
+    """
+
+    bytes_on_disk: int
+    bits_per_weight: float
+    quantized_weights: int
+
+
+def measure(directory: Path | str, *, corrected: Collection[str] | None = None) -> CheckpointSize:
+    """Measure a dense, W4A16 or SRD model directory from its headers.
+
+    Args:
+        directory: the model.
+        corrected: modules whose residual is used; None is all that the sidecar has, an empty collection is plain W4.
+    """
+    directory = Path(directory)
+    base = BaseCheckpoint(directory)
+    total = sum(path.stat().st_size for path in base.files)
+    if base.quantized_modules:
+        weights = sum(math.prod(base.weight_shape(module)) for module in base.quantized_modules)
+        size = sum(
+            info.end - info.start for module in base.quantized_modules for info in base.module_tensors(module).values()
+        )
+    else:
+        matrices = [base.info(name) for name in base if layer_of(name) is not None and len(base.info(name).shape) >= 2]
+        weights = sum(math.prod(info.shape) for info in matrices)
+        size = sum(math.prod(info.shape) * DTYPES[info.dtype].itemsize for info in matrices)
+    if read_srd_config(directory) is not None and (corrected is None or corrected):
+        sidecar = Sidecar.open(directory)
+        used = sum(
+            entry.bytes() for module, entry in sidecar.entries.items() if corrected is None or module in corrected
+        )
+        total += used
+        size += used
+    return CheckpointSize(total, 8 * size / weights if weights else math.nan, weights)
