@@ -1,0 +1,12 @@
+"""The SRDModifier of llm-compressor recipes.
+
+base        SRDModifier, the life cycle and nothing else
+plan        which modules are corrected, and every reason to refuse before calibration
+events      looking over the shoulder of the quantizer that follows in the recipe
+capture     original weights to residuals, one layer at a time
+saving      the sidecar that `save_pretrained` writes with the model
+"""
+
+from srd_modifier.modifier.base import SRDModifier
+
+__all__ = ["SRDModifier"]

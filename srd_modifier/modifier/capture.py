@@ -1,0 +1,186 @@
+"""Original weights to residuals, one layer at a time.
+
+One capture belongs to one model and serves all SRDModifiers of its recipe, because a checkpoint has one sidecar.
+A quantizer that overwrites the weights (GPTQ, AutoRound) has its residual computed right after it finished a layer;
+one that only sets scales (round-to-nearest) leaves the originals in place, and its residual waits until the weights
+are packed for saving. Either way W4 is what a loader will read back from the file, never `module.weight`.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from compressed_tensors.compressors.base import BaseCompressor, compress_module
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.quantization import QuantizationStatus
+from compressed_tensors.utils import get_direct_state_dict
+from torch import Tensor, nn
+
+from srd_modifier.checkpoint.w4 import dequantize_w4
+from srd_modifier.checkpoint.writer import ResidualEntry, SidecarWriter, tensor_bytes
+from srd_modifier.errors import RecipeError
+from srd_modifier.residual import ResidualFormat, encode
+
+_BASE_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point")
+
+
+@dataclass(frozen=True)
+class CorrectedModule:
+    """A module that gets a residual."""
+
+    name: str
+    module: nn.Linear
+    format: ResidualFormat
+    alpha: float
+
+
+class ResidualCapture:
+    """The residuals of one model, from the original weights to the files of the sidecar.
+
+    Args:
+        model: the model being quantized.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules: dict[nn.Module, CorrectedModule] = {}
+        self._format: ResidualFormat | None = None
+        self.alpha = 1.0
+        self.layer_alphas: dict[str, float] = {}
+        self.base_digests: dict[str, str] = {}
+        self._originals: dict[nn.Module, Tensor] = {}
+        self._input_squares: dict[str, Tensor] = {}
+        self._input_tokens: dict[str, int] = {}
+        self._writer: SidecarWriter | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def add(
+        self, modules: Iterable[CorrectedModule], fmt: ResidualFormat, alpha: float, layer_alphas: dict[str, float]
+    ) -> None:
+        """Plan the residual of one SRDModifier's modules; the first modifier's settings become the checkpoint's.
+
+        Raises:
+            RecipeError: a module already has one.
+        """
+        added: dict[nn.Module, CorrectedModule] = {corrected.module: corrected for corrected in modules}
+        for module, corrected in added.items():
+            if module in self.modules:
+                raise RecipeError(
+                    f"two SRDModifiers correct {corrected.name}; let their targets, ignore or correct differ"
+                )
+        if self._format is None:
+            self._format, self.alpha, self.layer_alphas = fmt, alpha, dict(layer_alphas)
+        else:
+            # patterns of one modifier must not reach the modules of another
+            self.layer_alphas.update({c.name: c.alpha for c in added.values() if c.alpha != self.alpha})
+        self.modules.update(added)
+
+    @property
+    def format(self) -> ResidualFormat:
+        """The checkpoint's default format: the first modifier's."""
+        assert self._format is not None
+        return self._format
+
+    def reserve(self, parent: Path | None) -> None:
+        """Reserve the disk space of the whole sidecar, in `parent` or the system's temporary directory.
+
+        Raises:
+            CheckpointError: there is not enough.
+        """
+        if self._writer is None:
+            self._folder = tempfile.TemporaryDirectory(prefix=".srd-residual-", dir=parent, ignore_cleanup_errors=True)
+            entries = {
+                c.name: ResidualEntry(c.module.out_features, c.module.in_features, c.format)
+                for c in self.modules.values()
+            }
+            self._writer = SidecarWriter(Path(self._folder.name), entries)
+
+    # what the quantizers' events call
+
+    def keep_originals(self, modules: Iterable[nn.Module]) -> None:
+        """Copy the weights that are about to be overwritten."""
+        for module in modules:
+            if isinstance(module, nn.Linear) and module in self.modules:
+                self._originals[module] = module.weight.detach().clone()
+
+    @torch.no_grad()
+    def encode_overwritten(self, modules: Iterable[nn.Module], quantizer: str) -> None:
+        """Encode the residual of modules whose originals were kept, and release these.
+
+        Raises:
+            RecipeError: nothing at all was lost in any of them: their weights were quantized before.
+        """
+        done = [module for module in modules if module in self._originals]
+        nothing_lost = []
+        for module in done:
+            scheme = module.quantization_scheme
+            state = {name: tensor for name, tensor in get_direct_state_dict(module).items() if tensor is not None}
+            compressor = BaseCompressor.get_value_from_registry(infer_module_format(type(module), scheme).value)
+            packed = compressor.compress(state, scheme)
+            nothing_lost.append(self._encode(module, self._originals.pop(module), packed))
+        if done and all(nothing_lost):
+            raise RecipeError(
+                f"{self.modules[done[0]].name}: {quantizer} lost nothing, its weights were on the 4-bit grid before; "
+                "start from the original model, with SRDModifier before the quantizer"
+            )
+
+    def add_inputs(self, name: str, inputs: Tensor) -> None:
+        """Add a module's calibration inputs `[..., in_features]` to its mean square."""
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        squares = rows.square().sum(dim=0)
+        self._input_squares[name] = self._input_squares[name] + squares if name in self._input_squares else squares
+        self._input_tokens[name] = self._input_tokens.get(name, 0) + len(rows)
+
+    # what saving calls
+
+    @torch.no_grad()
+    def compress_remaining(self, parent: Path) -> None:
+        """Pack the modules whose weights are still original, and encode what the packing loses."""
+        self.reserve(parent)
+        assert self._writer is not None
+        for module, corrected in self.modules.items():
+            if corrected.name not in self._writer.missing:
+                continue
+            if (
+                not hasattr(module, "quantization_scheme")
+                or module.quantization_status == QuantizationStatus.COMPRESSED
+            ):
+                raise RecipeError(f"{corrected.name} was not calibrated by the recipe; its residual cannot be computed")
+            original = corrected.module.weight.detach()
+            compress_module(module)
+            self._encode(module, original, get_direct_state_dict(module))
+        self._writer.finish(self.format)
+
+    def importance(self) -> dict[str, Tensor]:
+        """Mean squared input of every quantized module that saw calibration data: float32 `[in_features]`."""
+        return {name: square.cpu() for name in self._input_squares if (square := self._mean_square(name)) is not None}
+
+    def files(self) -> list[Path]:
+        """The finished files of the sidecar."""
+        assert self._folder is not None
+        return sorted(Path(self._folder.name).iterdir())
+
+    def _mean_square(self, name: str) -> Tensor | None:
+        return self._input_squares[name] / self._input_tokens[name] if name in self._input_squares else None
+
+    def _encode(self, module: nn.Module, original: Tensor, packed: dict[str, Tensor]) -> bool:
+        """Write the residual of one module; True if nothing was lost in a weight that is not zero."""
+        assert self._writer is not None
+        corrected = self.modules[module]
+        name, fmt = corrected.name, corrected.format
+        weight = original.float()
+        base = dequantize_w4(
+            packed["weight_packed"], packed["weight_scale"], packed.get("weight_zero_point"), weight.shape[1]
+        )
+        residual = torch.sub(weight, base, out=base)
+        try:
+            self._writer.write(name, encode(residual, fmt, key=name, importance=self._mean_square(name)))
+        except ValueError as error:
+            raise RecipeError(f"{name}: {error}") from error
+        for suffix in _BASE_TENSORS:
+            if packed.get(suffix) is not None:
+                self.base_digests[f"{name}.{suffix}"] = hashlib.sha256(tensor_bytes(packed[suffix])).hexdigest()
+        return not bool(residual.any()) and bool(weight.any())

@@ -1,0 +1,148 @@
+"""Which modules a recipe corrects, and every reason to refuse it before calibration runs."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy, QuantizationType
+from compressed_tensors.utils import match_named_modules
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.quantization import QuantizationMixin
+from loguru import logger
+from torch import nn
+
+from srd_modifier.errors import RecipeError
+from srd_modifier.selection.choice import Choice, choose
+
+_STRATEGIES = (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
+_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class QuantizedModule:
+    """A Linear that the recipe quantizes to W4A16."""
+
+    name: str
+    module: nn.Linear
+    quantizer: Modifier
+
+
+def find_quantizers(srd: Modifier, recipe: Sequence[Modifier], *, quantizes_itself: bool) -> list[Modifier]:
+    """The modifiers whose rounding `srd` makes good: itself, or the quantizers after it.
+
+    Raises:
+        RecipeError: there is none, or one stands before `srd`, which would then see quantized weights and find
+            nothing lost.
+    """
+    if quantizes_itself:
+        return [srd]
+    others = [
+        modifier for modifier in recipe if isinstance(modifier, QuantizationMixin) and type(modifier) is not type(srd)
+    ]
+    position = recipe.index(srd)
+    before = [modifier for modifier in others if recipe.index(modifier) < position]
+    if before:
+        raise RecipeError(
+            f"SRDModifier stands after {type(before[0]).__name__} in the recipe and would see weights that are already "
+            "quantized; put it before the quantizer (and after transforms such as AWQ or SmoothQuant)"
+        )
+    if not others:
+        raise RecipeError(
+            "SRDModifier has neither a scheme nor config_groups and no quantizer stands after it in the recipe; "
+            "give it scheme: W4A16, or add for example a GPTQModifier"
+        )
+    return others
+
+
+def quantized_modules(model: nn.Module, quantizers: Iterable[Modifier]) -> dict[str, QuantizedModule]:
+    """Every Linear that the quantizers will quantize, by name, in the model's order.
+
+    Raises:
+        RecipeError: a scheme is not 4-bit integer weight-only, or two quantizers take the same module.
+    """
+    found: dict[str, QuantizedModule] = {}
+    skipped: list[str] = []
+    for quantizer in quantizers:
+        taken = {}
+        for scheme in quantizer.resolved_config.config_groups.values():
+            for name, module in match_named_modules(model, scheme.targets, quantizer.ignore):
+                taken[name] = module
+                _check_scheme(name, scheme, quantizer)
+        for name, module in taken.items():
+            if name in found:
+                first = type(found[name].quantizer).__name__
+                raise RecipeError(f"{name} is quantized twice, by {first} and {type(quantizer).__name__}; keep one")
+            if isinstance(module, nn.Linear) and module is not _output_embeddings(model):
+                found[name] = QuantizedModule(name, module, quantizer)
+            else:
+                skipped.append(name)
+    if skipped:
+        logger.warning(
+            f"SRD does not correct the embeddings or the output head, although they are quantized: {skipped}"
+        )
+    order = {name: position for position, (name, _) in enumerate(model.named_modules())}
+    return dict(sorted(found.items(), key=lambda item: order[item[0]]))
+
+
+def corrected_modules(
+    model: nn.Module,
+    quantized: Mapping[str, QuantizedModule],
+    *,
+    targets: Iterable[str],
+    ignore: Iterable[str],
+    correct: Choice,
+) -> list[str]:
+    """The quantized modules that get a residual.
+
+    Raises:
+        RecipeError: targets and ignore leave nothing.
+        ConfigError: the `correct` setting takes nothing.
+    """
+    allowed = {name for name, _ in match_named_modules(model, targets, ignore)}
+    names = [name for name in quantized if name in allowed]
+    if not names:
+        raise RecipeError(
+            f"no module is left to correct: the recipe quantizes {len(quantized)} Linear modules, "
+            f"SRDModifier's targets {list(targets)} and ignore {list(ignore)} leave none of them"
+        )
+    left_out = [name for name in quantized if name not in allowed]
+    if left_out:
+        logger.warning(
+            f"SRD leaves {len(left_out)} quantized modules as plain W4 (targets, ignore): {shortened(left_out)}"
+        )
+    return choose(names, correct, model_names=[name for name, _ in model.named_modules()])
+
+
+@torch.no_grad()
+def check_weights(modules: Iterable[QuantizedModule]) -> None:
+    """Raise RecipeError for the first weight with NaN or infinite entries."""
+    for quantized in modules:
+        # the extremes are NaN if any entry is: one pass, no mask the size of the weight
+        extremes = torch.stack(torch.aminmax(quantized.module.weight))
+        if not bool(torch.isfinite(extremes).all()):
+            raise RecipeError(f"{quantized.name}.weight has NaN or infinite entries; the model cannot be quantized")
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first few names and how many follow."""
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
+
+
+def _check_scheme(name: str, scheme: QuantizationScheme, quantizer: Modifier) -> None:
+    weights = scheme.weights
+    if weights is None or weights.num_bits != 4 or weights.type != QuantizationType.INT:
+        found = "no weight quantization" if weights is None else f"{weights.num_bits}-bit {weights.type} weights"
+        problem = f"{found}, expected 4-bit int"
+    elif scheme.input_activations is not None or scheme.output_activations is not None:
+        problem = "quantized activations, expected weights only"
+    elif weights.strategy not in _STRATEGIES:
+        problem = f"{weights.strategy} scales, expected group or channel"
+    else:
+        return
+    raise RecipeError(f"{type(quantizer).__name__} gives {name} {problem}; SRD corrects W4A16 (scheme: W4A16)")
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    return get_output_embeddings() if get_output_embeddings is not None else None

@@ -1,0 +1,53 @@
+"""The sidecar that `save_pretrained` writes with the model.
+
+llm-compressor replaces `model.save_pretrained` on the instance; we stand around its replacement. Model, sidecar and
+srd_config are put together in a temporary sibling of the target and appear there together.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from compressed_tensors.distributed import is_source_process
+from torch import nn
+
+from srd_modifier.checkpoint.atomic import merge_directory
+from srd_modifier.checkpoint.save import attach_sidecar
+from srd_modifier.errors import SRDError
+from srd_modifier.modifier.capture import ResidualCapture
+
+
+def install_save(model: nn.Module, capture: ResidualCapture) -> None:
+    """Let `model.save_pretrained` write the capture's sidecar too."""
+    inner: Callable[..., Any] = getattr(model, "save_pretrained")  # noqa: B009 - nn.Module types it as a Tensor
+
+    @wraps(inner)  # also copies the mark by which llm-compressor knows that it has been here
+    def save_pretrained(
+        save_directory: str | Path, quantization_format: str | None = None, save_compressed: bool = True, **kwargs: Any
+    ) -> Any:
+        if not save_compressed or not is_source_process():
+            return inner(save_directory, quantization_format, save_compressed, **kwargs)
+        if kwargs.get("push_to_hub"):
+            raise SRDError(
+                "save_pretrained(push_to_hub=True) would upload the model without its sidecar; save to a directory, "
+                "then upload that with `hf upload`"
+            )
+        target = Path(save_directory)
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        capture.compress_remaining(target.absolute().parent)
+        with merge_directory(target) as staging:
+            result = inner(str(staging), quantization_format, save_compressed, **kwargs)
+            attach_sidecar(
+                staging,
+                capture.files(),
+                modules=[corrected.name for corrected in capture.modules.values()],
+                fmt=capture.format,
+                alpha=capture.alpha,
+                layer_alphas=capture.layer_alphas,
+                importance=capture.importance(),
+                base_digests=capture.base_digests,
+            )
+        return result
+
+    setattr(model, "save_pretrained", save_pretrained)  # noqa: B010
