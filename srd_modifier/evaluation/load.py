@@ -1,0 +1,194 @@
+"""Turn what the user names into a model that can be scored.
+
+A name is a directory or a hub id of one of three kinds, told apart by `config.json`: a plain Transformers model,
+a compressed-tensors checkpoint (both through `AutoModelForCausalLM`), or a checkpoint with a residual, which has
+a top-level `srd_config` and goes through `srd_modifier.transformers.load_corrected`.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from srd_modifier.checkpoint.base import BaseCheckpoint
+from srd_modifier.checkpoint.config import SRDConfig, module_alphas, read_srd_config
+from srd_modifier.errors import CheckpointError, SRDError
+from srd_modifier.evaluation.scores import NamedModel
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class LoadedModel(NamedModel):
+    """A model ready to be scored: in evaluation mode, on its device, under the name the user gave.
+
+    Attributes:
+        directory: Where its files lie; for a hub id the snapshot in the local cache.
+        tokenizer: The tokenizer beside it.
+        alpha: Share of the residual that is applied, `None` for a model without one.
+        chunks: The chunks whose residual is applied, `None` for all or for a model without one.
+        corrected: Modules whose residual is applied with an alpha above 0, `None` for a model without one.
+    """
+
+    directory: Path
+    tokenizer: Any
+    alpha: float | None = None
+    chunks: tuple[str, ...] | None = None
+    corrected: frozenset[str] | None = None
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest context in tokens that the configuration allows, `None` where it names none."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the input embedding: token ids must lie below this."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+
+def load(
+    name: str,
+    *,
+    alpha: float | None = None,
+    chunks: Sequence[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> LoadedModel:
+    """Load a model and its tokenizer.
+
+    Args:
+        name: A directory, or a Hugging Face hub id.
+        alpha: For a checkpoint with a residual, the share of it to apply; `None` takes the checkpoint's own.
+        chunks: For a checkpoint with a residual, the chunks of depth to apply it to; `None` for all.
+        dtype: What the weights are computed in.
+        device: `cpu`, `cuda`, or `auto` for CUDA where there is one.
+
+    Raises:
+        SRDError: Nothing can be loaded under this name, weights are missing, the tokenizer is missing, the device
+            is not there, or `alpha` or `chunks` were given for a model without a residual.
+    """
+    target = resolve_device(device)
+    directory = _find_directory(name)
+    srd_config = read_srd_config(directory)
+    if srd_config is None:
+        _refuse_residual_options(name, alpha=alpha, chunks=chunks)
+        tokenizer = _load_tokenizer(name)
+        model = _load_plain(name, dtype)
+        return LoadedModel(name, model.to(target).eval(), directory, tokenizer)
+    corrected = _corrected_modules(directory, srd_config, alpha=alpha, chunks=chunks)
+    tokenizer = _load_tokenizer(name)
+    model = _load_residual(directory, alpha=alpha, chunks=chunks, dtype=dtype)
+    return LoadedModel(
+        name,
+        model.to(target).eval(),
+        directory,
+        tokenizer,
+        alpha=srd_config.alpha if alpha is None else alpha,
+        chunks=None if chunks is None else tuple(chunks),
+        corrected=corrected,
+    )
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one; any other name is taken as it is.
+
+    Raises:
+        SRDError: CUDA was asked for and is not available.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise SRDError("device cuda was asked for, but this installation of torch finds no CUDA device")
+    return torch.device(device)
+
+
+def _find_directory(name: str) -> Path:
+    """The directory with the model's config.json; for a hub id its snapshot in the local cache."""
+    path = Path(name)
+    if path.suffix == ".gguf":
+        raise SRDError(f"{name}: scoring a GGUF file is not supported yet, name the model directory it came from")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise SRDError(f"{name}: the directory has no config.json, so it is not a model")
+        return path
+    if path.exists():
+        raise SRDError(f"{name} is a file, expected a model directory or a hub id")
+    if not _HUB_ID.fullmatch(name):
+        raise SRDError(f"{name}: there is no such directory")
+    return _find_snapshot(name)
+
+
+def _find_snapshot(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from transformers.utils.hub import cached_file
+
+    try:
+        directory = Path(cached_file(hub_id, "config.json")).parent
+        if read_srd_config(directory) is not None:
+            # Transformers fetches only the files it knows, and the residual is not among them.
+            directory = Path(snapshot_download(hub_id))
+    except (OSError, ValueError) as error:
+        raise SRDError(
+            f"{hub_id}: there is no such directory, and no such model could be fetched from the Hugging Face hub"
+        ) from error
+    return directory
+
+
+def _corrected_modules(
+    directory: Path, config: SRDConfig, *, alpha: float | None, chunks: Sequence[str] | None
+) -> frozenset[str]:
+    layers = BaseCheckpoint(directory).layers
+    alphas = module_alphas(config, layers, alpha=alpha, chunks=chunks)
+    return frozenset(module for module, value in alphas.items() if value > 0)
+
+
+def _refuse_residual_options(name: str, *, alpha: float | None, chunks: Sequence[str] | None) -> None:
+    given = [option for option, value in (("alpha", alpha), ("chunks", chunks)) if value is not None]
+    if given:
+        raise SRDError(
+            f"{name} has no residual (config.json has no srd_config), so {' and '.join(given)} cannot be applied"
+        )
+
+
+def _load_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise SRDError(f"{name}: no tokenizer could be loaded, are its files beside config.json?") from error
+
+
+def _load_plain(name: str, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{name}: the model cannot be loaded: {_first_line(error)}") from error
+    # Transformers fills these with random numbers and only warns; a score of that means nothing.
+    made_up = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if made_up:
+        raise CheckpointError(
+            f"{name}: {len(made_up)} weights are missing or have the wrong shape: {', '.join(made_up[:5])}"
+            + (", ..." if len(made_up) > 5 else "")
+        )
+    return model
+
+
+def _load_residual(directory: Path, *, alpha: float | None, chunks: Sequence[str] | None, dtype: torch.dtype) -> Any:
+    from srd_modifier.transformers import load_corrected
+
+    return load_corrected(directory, alpha=alpha, chunks=None if chunks is None else list(chunks), dtype=dtype)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

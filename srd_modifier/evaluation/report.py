@@ -1,0 +1,69 @@
+"""The result of an evaluation, as `srd eval` prints it and writes it to JSON."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from srd_modifier.checkpoint.sizes import CheckpointSize
+from srd_modifier.evaluation.scores import Divergence, Perplexity
+from srd_modifier.evaluation.windows import WindowRule
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything needed to read the figures later, and to measure them again.
+
+    Attributes:
+        model: Name of the scored model.
+        reference: Name of the model the divergence is measured from, if any.
+        text_path: The scored file.
+        text_sha256: SHA-256 of its bytes, hexadecimal.
+        rule: How the text was cut into windows.
+        perplexity: Perplexity over the scored tokens.
+        divergence: Divergence from the reference, `None` without one.
+        size: What the model costs on disk, with the residual of the corrected modules only.
+        dtype: What both models computed in, such as `float32`.
+        alpha: Share of the residual applied, `None` for a model without one.
+        chunks: Chunks whose residual was applied, `None` for all or for a model without one.
+        seconds: Time spent scoring, loading excluded.
+        versions: Installed version of each library that the figures depend on.
+    """
+
+    model: str
+    reference: str | None
+    text_path: str
+    text_sha256: str
+    rule: WindowRule
+    perplexity: Perplexity
+    divergence: Divergence | None
+    size: CheckpointSize
+    dtype: str
+    alpha: float | None
+    chunks: tuple[str, ...] | None
+    seconds: float
+    versions: dict[str, str]
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Bits per Linear weight of the decoder layers, `None` where no such weight could be told by its name."""
+        return None if math.isnan(self.size.bits_per_weight) else self.size.bits_per_weight
+
+    def as_json(self) -> dict[str, Any]:
+        """The flat object that `--json` writes. Without a reference the divergence keys are absent."""
+        return {
+            "model": self.model,
+            "reference": self.reference,
+            "text": {"path": self.text_path, "sha256": self.text_sha256},
+            **asdict(self.perplexity),
+            **({} if self.divergence is None else asdict(self.divergence)),
+            "bytes_on_disk": self.size.bytes_on_disk,
+            "bits_per_weight": self.bits_per_weight,
+            "convention": self.rule.convention.value,
+            "ctx": self.rule.ctx,
+            "stride": self.rule.stride,
+            "dtype": self.dtype,
+            "alpha": self.alpha,
+            "chunks": None if self.chunks is None else list(self.chunks),
+            "seconds": round(self.seconds, 3),
+            "versions": self.versions,
+        }

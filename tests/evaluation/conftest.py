@@ -1,0 +1,124 @@
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).parents[2]
+TINY_LLAMA = ROOT / "examples" / "tiny-llama"
+
+PROSE = (
+    "The river runs north through the old town and turns east below the bridge. In spring the water rises over the "
+    "lower road, and the market moves to the square in front of the church. Most of the houses were built after the "
+    "fire, when the council gave timber to every family that stayed.\n"
+)
+
+
+def _random_llama(*, seed: int = 0, vocabulary: int = 64) -> LlamaForCausalLM:
+    """A two-layer Llama with random weights, large enough to disagree with another seed on every token."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def tiny_llama() -> Path:
+    """The trained example model."""
+    return TINY_LLAMA
+
+
+@pytest.fixture
+def random_llama() -> Callable[..., LlamaForCausalLM]:
+    return _random_llama
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(1, 64, (150,), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def make_directory(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a random model with the tokenizer of the example, under a name of choice."""
+
+    def make(name: str = "model", *, seed: int = 0) -> Path:
+        directory = tmp_path / name
+        _random_llama(seed=seed, vocabulary=4096).save_pretrained(directory)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(TINY_LLAMA / file, directory)
+        return directory
+
+    return make
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A W4A16 directory with one packed module, and what that module must compute with."""
+
+    directory: Path
+    module: str
+    original: torch.Tensor
+    dequantized: torch.Tensor
+
+
+@pytest.fixture
+def compressed(make_directory: Callable[..., Path], edit_config: Callable[..., None]) -> Compressed:
+    """Packed here by hand: value + 8 in the n-th nibble of an int32, low nibble first, a scale per 16 columns."""
+    directory = make_directory("compressed")
+    module = "model.layers.1.mlp.up_proj"
+    weights = load_file(directory / "model.safetensors")
+    original = weights.pop(f"{module}.weight")
+    rows, columns = original.shape
+    scale = original.view(rows, -1, 16).abs().amax(-1) / 7
+    codes = (original / scale.repeat_interleave(16, dim=1)).round().long()
+    packed = torch.zeros(rows, columns // 8, dtype=torch.int64)
+    for column in range(columns):
+        packed[:, column // 8] |= (codes[:, column] + 8) << (4 * (column % 8))
+    weights[f"{module}.weight_packed"] = torch.where(packed >= 2**31, packed - 2**32, packed).int()
+    weights[f"{module}.weight_scale"] = scale
+    weights[f"{module}.weight_shape"] = torch.tensor([rows, columns])
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    arguments = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
+    edit_config(
+        directory,
+        quantization_config={
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": {"targets": [f"re:.*{module}$"], "weights": arguments}},
+            "ignore": ["lm_head"],
+        },
+    )
+    return Compressed(directory, module, original, codes * scale.repeat_interleave(16, dim=1))
+
+
+@pytest.fixture
+def edit_config() -> Callable[..., None]:
+    def edit(directory: Path, **values: object) -> None:
+        path = directory / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return edit
+
+
+@pytest.fixture
+def prose(tmp_path: Path) -> Path:
+    path = tmp_path / "prose.txt"
+    path.write_text(PROSE * 3)
+    return path
