@@ -11,7 +11,7 @@ from torch import Tensor
 
 from srd_modifier.checkpoint.config import read_json
 from srd_modifier.checkpoint.shards import Shard, TensorInfo
-from srd_modifier.checkpoint.w4 import dequantize_w4
+from srd_modifier.checkpoint.w4 import dequantize_w4, unpack_zero_points
 from srd_modifier.errors import CheckpointError
 from srd_modifier.selection.depth import count_layers
 
@@ -96,7 +96,7 @@ class BaseCheckpoint:
 
     def dequantize(self, module: str, device: torch.device | str = "cpu") -> Tensor:
         """The W4 weight of a module: float32 `[out, in]` on `device`."""
-        _, in_features = self.weight_shape(module)
+        out_features, in_features = self.weight_shape(module)
         if f"{module}.weight_g_idx" in self:
             raise CheckpointError(
                 f"{self.path_of(module + _PACKED)}: {module} orders its groups by activation (weight_g_idx), which "
@@ -106,13 +106,13 @@ class BaseCheckpoint:
         return dequantize_w4(
             self.tensor(module + _PACKED).to(device),
             self.tensor(f"{module}.weight_scale").to(device),
-            self.tensor(zero_point).to(device) if zero_point in self else None,
+            unpack_zero_points(self.tensor(zero_point).to(device) if zero_point in self else None, out_features),
             in_features,
         )
 
     def tensor_digests(self) -> dict[str, str]:
         """SHA-256 of the bytes of every tensor, in hexadecimal; reads every file once, on all cores."""
-        return self._hash_tensors(lambda data: hashlib.sha256(data).hexdigest())
+        return self._hash_tensors(_hash)
 
     def digest(self) -> str:
         """SHA-256 over names, dtypes, shapes and bytes; it does not depend on how the tensors are sharded."""
@@ -120,7 +120,7 @@ class BaseCheckpoint:
 
     def fingerprint(self) -> str:
         """As `digest`, over samples of the bytes: another model is noticed, one flipped bit may not be."""
-        return self.combine(self._hash_tensors(_sample_hash))
+        return self.combine(self._hash_tensors(_hash_sample))
 
     def combine(self, tensor_digests: dict[str, str]) -> str:
         """One digest out of the tensors' own, names, dtypes and shapes included."""
@@ -130,9 +130,9 @@ class BaseCheckpoint:
             total.update(f"{name}\t{info.dtype}\t{list(info.shape)}\t{tensor_digests[name]}\n".encode())
         return "sha256:" + total.hexdigest()
 
-    def _hash_tensors(self, hash_bytes: Callable[[memoryview], str]) -> dict[str, str]:
+    def _hash_tensors(self, hash_tensor: Callable[[Shard, str], str]) -> dict[str, str]:
         with ThreadPoolExecutor() as pool:
-            hashes = pool.map(lambda name: hash_bytes(self._shard_of[name].bytes(name)), self._shard_of)
+            hashes = pool.map(lambda name: hash_tensor(self._shard_of[name], name), self._shard_of)
             return dict(zip(self._shard_of, hashes, strict=True))
 
     def _shard(self, tensor: str) -> Shard:
@@ -141,13 +141,22 @@ class BaseCheckpoint:
         return self._shard_of[tensor]
 
 
-def _sample_hash(data: memoryview) -> str:
-    if len(data) <= _SAMPLE_PAGES * _PAGE:
-        return hashlib.sha256(data).hexdigest()
+def _hash(shard: Shard, name: str) -> str:
+    total = hashlib.sha256()
+    for chunk in shard.chunks(name):
+        total.update(chunk)
+    return total.hexdigest()
+
+
+def _hash_sample(shard: Shard, name: str) -> str:
+    info = shard.tensors[name]
+    spare = info.end - info.start - _PAGE
+    if spare < _SAMPLE_PAGES * _PAGE:
+        return _hash(shard, name)
     sample = hashlib.sha256()
-    for page in range(_SAMPLE_PAGES):
-        start = (len(data) - _PAGE) * page // (_SAMPLE_PAGES - 1)
-        sample.update(data[start : start + _PAGE])
+    pages = [info.start + spare * page // (_SAMPLE_PAGES - 1) for page in range(_SAMPLE_PAGES)]
+    for data in shard.read(pages, _PAGE, end=info.end):
+        sample.update(data)
     return sample.hexdigest()
 
 

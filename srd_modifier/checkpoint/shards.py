@@ -6,6 +6,8 @@ error that names the file. The format is small: a length of 8 bytes, a JSON head
 
 import json
 import mmap
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _LENGTH_BYTES = 8
+_CHUNK_BYTES = 2**20
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
@@ -84,10 +87,32 @@ class Shard:
         _check_cover(path, tensors, data_start, size)
         return cls(path, metadata, tensors, mapped)
 
-    def bytes(self, name: str) -> memoryview:
+    def view(self, name: str) -> memoryview:
         """The bytes of a tensor, straight from the map."""
         info = self.tensors[name]
         return memoryview(self._map)[info.start : info.end]
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The bytes of a tensor, read piece by piece: unlike the map, they never count as this process's memory."""
+        info = self.tensors[name]
+        return self.read(range(info.start, info.end, _CHUNK_BYTES), _CHUNK_BYTES, end=info.end)
+
+    def read(self, starts: Iterable[int], length: int, *, end: int) -> Iterator[bytes]:
+        """Read `length` bytes from each of these places in the file, but none from `end` on.
+
+        Raises:
+            CheckpointError: the file cannot be read, or has become shorter.
+        """
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                for start in starts:
+                    wanted = min(length, end - start)
+                    data = os.pread(file.fileno(), wanted, start)
+                    if len(data) != wanted:
+                        raise CheckpointError(f"{self.path} is truncated: it was longer when it was opened")
+                    yield data
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror or error}") from error
 
     def tensor(self, name: str) -> Tensor:
         """A tensor that shares the map's memory: it costs nothing until it is read, and must not be written to."""
@@ -99,7 +124,7 @@ class Shard:
         if count == 0:
             return torch.empty(info.shape, dtype=dtype)
         if info.start % dtype.itemsize:
-            return torch.frombuffer(bytearray(self.bytes(name)), dtype=dtype).reshape(info.shape)
+            return torch.frombuffer(bytearray(self.view(name)), dtype=dtype).reshape(info.shape)
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=info.start).reshape(info.shape)
 
 

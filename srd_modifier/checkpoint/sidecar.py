@@ -113,7 +113,7 @@ class Sidecar:
     def _read(self, module: str, suffix: str, verify: bool) -> Tensor:
         name = f"{module}.{suffix}"
         shard = self._shards[name]
-        if verify and hashlib.sha256(shard.bytes(name)).hexdigest() != self._digests[module][suffix]:
+        if verify and hashlib.sha256(shard.view(name)).hexdigest() != self._digests[module][suffix]:
             raise CheckpointError(f"{shard.path}: {name} does not match its digest; the file is damaged")
         return shard.tensor(name)
 

@@ -17,7 +17,7 @@ def dequantize_w4(packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_f
     Args:
         packed: int32 `[out, ceil(in / 8)]`.
         scale: any floating dtype, `[out, groups]`; one group is one scale per row.
-        zero_point: int32 `[ceil(out / 8), groups]`, or None when symmetric.
+        zero_point: of `unpack_zero_points`, `[out, groups]`, or None when symmetric.
         in_features: columns of the weight.
 
     Raises:
@@ -26,17 +26,21 @@ def dequantize_w4(packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_f
     out_features, groups = len(packed), scale.shape[1]
     if in_features % groups:
         raise ValueError(f"{groups} scales per row do not divide {in_features} columns")
-    zeros = None if zero_point is None else _nibbles(zero_point.t(), out_features).t().float().sub_(_OFFSET)
     weight = packed.new_empty((out_features, in_features), dtype=scale.float().dtype)
     block = max(1, _BLOCK_ENTRIES // in_features)
     for start in range(0, out_features, block):
         rows = slice(start, start + block)
         # one pass over the codes while they are in the cache
         codes = _nibbles(packed[rows], in_features).float().sub_(_OFFSET).view(-1, groups, in_features // groups)
-        if zeros is not None:
-            codes -= zeros[rows].unsqueeze(-1)
+        if zero_point is not None:
+            codes -= zero_point[rows].unsqueeze(-1)
         weight[rows] = codes.mul_(scale[rows].float().unsqueeze(-1)).view(-1, in_features)
     return weight
+
+
+def unpack_zero_points(packed: Tensor | None, out_features: int) -> Tensor | None:
+    """Zero points float32 `[out, groups]` from int32 `[ceil(out / 8), groups]`; None stays None."""
+    return None if packed is None else _nibbles(packed.t(), out_features).t().float().sub_(_OFFSET)
 
 
 def _nibbles(packed: Tensor, columns: int) -> Tensor:

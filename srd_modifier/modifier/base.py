@@ -72,7 +72,8 @@ class SRDModifier(QuantizationModifier):
     density: float = 1.0
     scale_dtype: str = "bfloat16"
     seed: int = 0
-    spool_dir: str | None = None
+    # not written to recipe.yaml: a path of this machine
+    spool_dir: str | None = Field(None, exclude=True)
 
     _capture: ResidualCapture | None = PrivateAttr(None)
     _names: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
@@ -108,13 +109,13 @@ class SRDModifier(QuantizationModifier):
         """Find the modules, refuse what cannot work, watch the quantizer."""
         recipe = active_session().lifecycle.recipe.modifiers
         quantizers = find_quantizers(self, recipe, quantizes_itself=self.quantizes_itself)
-        if self.quantizes_itself:
-            super().on_initialize(state, **kwargs)
         quantized = quantized_modules(state.model, quantizers)
         chosen = corrected_modules(
             state.model, quantized, targets=self._may_correct(), ignore=self.ignore, correct=self.correct
         )
         check_weights(quantized[name] for name in chosen)
+        if self.quantizes_itself:
+            super().on_initialize(state, **kwargs)
 
         self._capture = self._shared_capture(state.model, recipe)
         self._capture.add(

@@ -8,7 +8,9 @@ are packed for saving. Either way W4 is what a loader will read back from the fi
 
 import hashlib
 import tempfile
+from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +21,14 @@ from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.utils import get_direct_state_dict
 from torch import Tensor, nn
 
-from srd_modifier.checkpoint.w4 import dequantize_w4
+from srd_modifier.checkpoint.w4 import dequantize_w4, unpack_zero_points
 from srd_modifier.checkpoint.writer import ResidualEntry, SidecarWriter, tensor_bytes
 from srd_modifier.errors import RecipeError
-from srd_modifier.residual import ResidualFormat, encode
+from srd_modifier.residual import EncodedResidual, ResidualFormat, concatenate_rows, encode
 
 _BASE_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point")
+_BLOCK_ENTRIES = 2**19
+_MAX_WAITING = 2
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class ResidualCapture:
         self._input_squares: dict[str, Tensor] = {}
         self._input_tokens: dict[str, int] = {}
         self._writer: SidecarWriter | None = None
+        self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="srd-residual")
+        self._storing: deque[Future[None]] = deque()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def add(
@@ -141,8 +147,10 @@ class ResidualCapture:
         """Pack the modules whose weights are still original, and encode what the packing loses."""
         self.reserve(parent)
         assert self._writer is not None
+        self._finish_storing()
+        missing = set(self._writer.missing)
         for module, corrected in self.modules.items():
-            if corrected.name not in self._writer.missing:
+            if corrected.name not in missing:
                 continue
             if (
                 not hasattr(module, "quantization_scheme")
@@ -152,6 +160,7 @@ class ResidualCapture:
             original = corrected.module.weight.detach()
             compress_module(module)
             self._encode(module, original, get_direct_state_dict(module))
+        self._finish_storing()
         self._writer.finish(self.format)
 
     def importance(self) -> dict[str, Tensor]:
@@ -167,20 +176,45 @@ class ResidualCapture:
         return self._input_squares[name] / self._input_tokens[name] if name in self._input_squares else None
 
     def _encode(self, module: nn.Module, original: Tensor, packed: dict[str, Tensor]) -> bool:
-        """Write the residual of one module; True if nothing was lost in a weight that is not zero."""
-        assert self._writer is not None
+        """Encode the residual of one module and store it; True if nothing was lost in a weight that is not zero."""
         corrected = self.modules[module]
         name, fmt = corrected.name, corrected.format
-        weight = original.float()
-        base = dequantize_w4(
-            packed["weight_packed"], packed["weight_scale"], packed.get("weight_zero_point"), weight.shape[1]
-        )
-        residual = torch.sub(weight, base, out=base)
+        out_features, in_features = original.shape
+        # a block of rows at a time while it is in the cache, where the format allows it
+        block = max(1, _BLOCK_ENTRIES // in_features) if fmt.rows_are_independent else out_features
+        zero_points = unpack_zero_points(packed.get("weight_zero_point"), out_features)
+        importance = self._mean_square(name)
+        encoded = []
         try:
-            self._writer.write(name, encode(residual, fmt, key=name, importance=self._mean_square(name)))
+            for start in range(0, out_features, block):
+                rows = slice(start, start + block)
+                base = dequantize_w4(
+                    packed["weight_packed"][rows],
+                    packed["weight_scale"][rows],
+                    None if zero_points is None else zero_points[rows],
+                    in_features,
+                )
+                residual = torch.sub(original[rows].float(), base, out=base)
+                encoded.append(encode(residual, fmt, key=name, importance=importance))
         except ValueError as error:
             raise RecipeError(f"{name}: {error}") from error
+        whole = encoded[0] if len(encoded) == 1 else concatenate_rows(encoded)
+        self._store_soon(name, whole, packed)
+        return not bool(whole.scale.any()) and bool(original.any())
+
+    def _store_soon(self, name: str, encoded: EncodedResidual, packed: dict[str, Tensor]) -> None:
+        """Hash and write in the background; at most a few modules wait, so that memory stays bounded."""
+        self._storing.append(self._background.submit(self._store, name, encoded, packed))
+        while len(self._storing) > _MAX_WAITING:
+            self._storing.popleft().result()
+
+    def _store(self, name: str, encoded: EncodedResidual, packed: dict[str, Tensor]) -> None:
+        assert self._writer is not None
+        self._writer.write(name, encoded)
         for suffix in _BASE_TENSORS:
             if packed.get(suffix) is not None:
                 self.base_digests[f"{name}.{suffix}"] = hashlib.sha256(tensor_bytes(packed[suffix])).hexdigest()
-        return not bool(residual.any()) and bool(weight.any())
+
+    def _finish_storing(self) -> None:
+        while self._storing:
+            self._storing.popleft().result()

@@ -67,7 +67,7 @@ def quantized_modules(model: nn.Module, quantizers: Iterable[Modifier]) -> dict[
         for scheme in quantizer.resolved_config.config_groups.values():
             for name, module in match_named_modules(model, scheme.targets, quantizer.ignore):
                 taken[name] = module
-                _check_scheme(name, scheme, quantizer)
+                _check_scheme(name, module, scheme, quantizer)
         for name, module in taken.items():
             if name in found:
                 first = type(found[name].quantizer).__name__
@@ -129,8 +129,9 @@ def shortened(names: Sequence[str]) -> str:
     return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
 
 
-def _check_scheme(name: str, scheme: QuantizationScheme, quantizer: Modifier) -> None:
+def _check_scheme(name: str, module: nn.Module, scheme: QuantizationScheme, quantizer: Modifier) -> None:
     weights = scheme.weights
+    in_features = getattr(module, "in_features", 0)
     if weights is None or weights.num_bits != 4 or weights.type != QuantizationType.INT:
         found = "no weight quantization" if weights is None else f"{weights.num_bits}-bit {weights.type} weights"
         problem = f"{found}, expected 4-bit int"
@@ -138,6 +139,11 @@ def _check_scheme(name: str, scheme: QuantizationScheme, quantizer: Modifier) ->
         problem = "quantized activations, expected weights only"
     elif weights.strategy not in _STRATEGIES:
         problem = f"{weights.strategy} scales, expected group or channel"
+    elif weights.group_size and weights.group_size > 0 and in_features % weights.group_size:
+        raise RecipeError(
+            f"{name} has {in_features} input features, which groups of {weights.group_size} do not divide; "
+            f"add it to the ignore list of {type(quantizer).__name__}, or choose another group_size"
+        )
     else:
         return
     raise RecipeError(f"{type(quantizer).__name__} gives {name} {problem}; SRD corrects W4A16 (scheme: W4A16)")

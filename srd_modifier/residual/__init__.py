@@ -16,7 +16,7 @@ Pure functions on tensors. Nothing here reads a file, knows a module, or imports
 True
 """
 
-from srd_modifier.residual.codec import EncodedResidual, add_decoded_, decode, encode
+from srd_modifier.residual.codec import EncodedResidual, add_decoded_, concatenate_rows, decode, encode
 from srd_modifier.residual.format import WHOLE_ROW, ResidualFormat
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "EncodedResidual",
     "ResidualFormat",
     "add_decoded_",
+    "concatenate_rows",
     "decode",
     "encode",
 ]

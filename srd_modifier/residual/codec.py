@@ -7,7 +7,7 @@ bits nearest rounding searches each group's scale for the least squared error, b
 clipped extreme is often worth a finer step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -103,6 +103,11 @@ def _encode_rows(
     steps = _divide(grouped, scale)
     codes = round_(steps, fmt.rounding, None if noise is None else _grouped(noise, fmt))
     return codes.clamp_(*_code_range(fmt.bits)).to(torch.int8).reshape(rows, -1)[:, :in_features], scale
+
+
+def concatenate_rows(parts: Sequence[EncodedResidual]) -> EncodedResidual:
+    """Residuals of consecutive rows, each encoded on its own, as one; for formats whose rows are independent."""
+    return EncodedResidual(torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts]))
 
 
 def decode(encoded: EncodedResidual, fmt: ResidualFormat, *, in_features: int, key: str = "") -> Tensor:

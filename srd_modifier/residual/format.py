@@ -87,9 +87,21 @@ class ResidualFormat:
         return SCALE_DTYPES[self.scale_dtype]
 
     @property
+    def label(self) -> str:
+        """In a few words, for people."""
+        group = "one scale per row" if self.group_size == WHOLE_ROW else f"groups of {self.group_size}"
+        kept = f", {self.density:.0%} of the entries" if self.sparse else ""
+        return f"{self.bits}-bit, {group}, {self.rounding}, {self.scale_dtype} scales{kept}"
+
+    @property
     def sparse(self) -> bool:
         """Whether a bitmask says which entries are kept."""
         return self.density < 1.0
+
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether encoding some rows on their own gives the same codes: no noise to draw, no entries to choose."""
+        return self.rounding == "nearest" and not self.sparse
 
     def columns_per_group(self, in_features: int) -> int:
         """Columns that share a scale in a weight of this width."""

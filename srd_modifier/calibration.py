@@ -1,0 +1,128 @@
+"""Calibration samples for `oneshot`: from a file, or sampled from the model itself.
+
+Samples from the model (as in LLM-QAT, Liu et al. 2023, arXiv:2305.17888) need neither data nor a network, and follow
+the distribution the model was trained on better than a text of another kind would.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from srd_modifier.errors import SRDError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_SELF_BATCH = 32
+
+
+def from_file(path: Path, tokenizer: Any, *, num_samples: int, max_seq_length: int, seed: int = 0) -> "Dataset":
+    """Windows of `max_seq_length` tokens from a text, or one sample per record of a JSON file.
+
+    Args:
+        path: `.json` (a list) or `.jsonl` of records with `messages`, `text`, or `instruction`, `input` and `output`;
+            anything else is read as UTF-8 text.
+        tokenizer: of the model.
+        num_samples: at most so many, chosen at random if there are more.
+        max_seq_length: tokens per sample.
+        seed: of the choice.
+
+    Raises:
+        SRDError: the file is missing, not what its name says, or gives no sample.
+    """
+    if not path.is_file():
+        raise SRDError(f"{path}: there is no such file to calibrate on")
+    if path.suffix in (".json", ".jsonl"):
+        texts = list(_record_texts(path, tokenizer))
+        samples = [tokenizer(text)["input_ids"][:max_seq_length] for text in texts]
+    else:
+        ids = tokenizer(_read_text(path), verbose=False)["input_ids"]
+        samples = [ids[start : start + max_seq_length] for start in range(0, len(ids), max_seq_length)]
+        if len(samples) > 1 and len(samples[-1]) < max_seq_length:
+            samples.pop()
+    samples = [sample for sample in samples if len(sample) > 1]
+    if not samples:
+        raise SRDError(f"{path}: there is no text to calibrate on")
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
+    return _dataset([samples[index] for index in order[:num_samples]])
+
+
+@torch.no_grad()
+def from_model(model: Any, tokenizer: Any, *, num_samples: int, max_seq_length: int, seed: int = 0) -> "Dataset":
+    """Samples that the model writes itself, at temperature 1 over its whole vocabulary.
+
+    Args:
+        model: a causal language model, on its device.
+        tokenizer: of the model; a sample begins with its BOS token, or EOS where it has none.
+        num_samples: how many.
+        max_seq_length: tokens per sample, at most the positions the model has.
+        seed: of the sampling.
+
+    Raises:
+        SRDError: the tokenizer has neither BOS nor EOS.
+    """
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise SRDError("the tokenizer has neither a BOS nor an EOS token to start from; give --dataset a text file")
+    length = min(max_seq_length, getattr(model.config.get_text_config(), "max_position_embeddings", max_seq_length))
+    samples: list[list[int]] = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        while len(samples) < num_samples:
+            start = torch.full((min(_SELF_BATCH, num_samples - len(samples)), 1), first, device=model.device)
+            written = model.generate(
+                start,
+                attention_mask=torch.ones_like(start),
+                max_length=length,
+                min_length=length,  # EOS would end a sample early
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                pad_token_id=first,
+            )
+            samples += written.tolist()
+    return _dataset(samples)
+
+
+def _dataset(samples: list[list[int]]) -> "Dataset":
+    from datasets import Dataset
+
+    return Dataset.from_dict({"input_ids": samples, "attention_mask": [[1] * len(sample) for sample in samples]})
+
+
+def _record_texts(path: Path, tokenizer: Any) -> Iterator[str]:
+    text = _read_text(path)
+    try:
+        if path.suffix == ".jsonl":
+            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            records = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SRDError(f"{path} is not JSON: {error}") from error
+    if not isinstance(records, list):
+        raise SRDError(f"{path} is not a list of records")
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise SRDError(f"{path}: record {number} is not an object")
+        if "messages" in record:
+            if tokenizer.chat_template is None:
+                raise SRDError(f"{path}: record {number} has messages, but the tokenizer has no chat template")
+            yield tokenizer.apply_chat_template(record["messages"], tokenize=False)
+        elif "text" in record:
+            yield record["text"]
+        elif "instruction" in record:
+            parts = (record["instruction"], record.get("input"), record.get("output"))
+            yield "\n\n".join(part for part in parts if part)
+        else:
+            raise SRDError(f"{path}: record {number} has neither messages, text nor instruction")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SRDError(f"{path} is not UTF-8 text: {error}") from error

@@ -1,0 +1,58 @@
+"""`srd quantize`: a model and a recipe to a checkpoint."""
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+class PipelineName(str, Enum):
+    """llm-compressor's calibration pipelines."""
+
+    independent = "independent"
+    sequential = "sequential"
+    basic = "basic"
+    datafree = "datafree"
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="Model directory or hub id.")],
+    recipe: Annotated[Path, typer.Option(help="YAML recipe; see recipes/.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="Directory to make.", show_default=False)],
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibration data: a text, .json or .jsonl file, `self` for text that the model writes, or a "
+            "data set that llm-compressor knows by name."
+        ),
+    ] = None,
+    num_samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 512,
+    max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens per sample.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampling and of the choice of samples.")] = 0,
+    pipeline: Annotated[PipelineName, typer.Option(help="llm-compressor's pipeline.")] = PipelineName.independent,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model directory.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show llm-compressor's log.")] = False,
+) -> None:
+    """Quantize a model to W4A16, and keep what is lost as a residual beside it."""
+    from srd_modifier.checkpoint.summary import summarize
+    from srd_modifier.cli._quiet import quiet_libraries
+    from srd_modifier.cli.inspect import table
+    from srd_modifier.quantizing import quantize as run
+
+    if not verbose:
+        quiet_libraries(bars=sys.stderr.isatty())
+    run(
+        model,
+        recipe,
+        output,
+        dataset=dataset,
+        num_samples=num_samples,
+        max_seq_length=max_seq_length,
+        seed=seed,
+        overwrite=overwrite,
+        pipeline=pipeline.value,
+    )
+    Console().print(table(summarize(output)))

@@ -1,0 +1,140 @@
+"""One call from a model and a recipe to a whole checkpoint: what `srd quantize` and `srd demo` do."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from srd_modifier._extras import require
+from srd_modifier.calibration import from_file, from_model
+from srd_modifier.checkpoint.atomic import new_directory, refuse_existing
+from srd_modifier.errors import RecipeError, SRDError
+
+if TYPE_CHECKING:
+    from llmcompressor.recipe import Recipe
+
+SELF = "self"
+
+
+def quantize(
+    model_name: str,
+    recipe_path: Path,
+    output: Path,
+    *,
+    dataset: str | None = None,
+    num_samples: int = 512,
+    max_seq_length: int = 512,
+    seed: int = 0,
+    overwrite: bool = False,
+    pipeline: str = "independent",
+) -> None:
+    """Run a recipe through llm-compressor's `oneshot` and save model, sidecar and tokenizer in one step.
+
+    Args:
+        model_name: a directory or hub id.
+        recipe_path: a YAML recipe.
+        output: the directory to make; it appears when everything is written, or not at all.
+        dataset: a text or JSON file, `self` for samples that the model writes, or a data set that llm-compressor
+            knows by name; None for recipes that need no data.
+        num_samples: calibration samples.
+        max_seq_length: tokens per sample.
+        seed: of everything random: sampling, the choice of samples, shuffling.
+        overwrite: replace an existing model directory.
+        pipeline: of llm-compressor: independent, sequential, basic or datafree.
+
+    Raises:
+        SRDError: recipe, model, data or output are at fault.
+    """
+    require("llmcompressor", extra="quantize")
+    refuse_existing(output, overwrite=overwrite)
+    recipe = load_recipe(recipe_path)
+    _check_data(recipe_path, recipe, dataset)
+
+    import transformers
+    from llmcompressor import oneshot
+
+    transformers.set_seed(seed)
+    model, tokenizer = _load(model_name)
+    output = output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for modifier in _srd_modifiers(recipe):
+        modifier.spool_dir = modifier.spool_dir or str(output.parent)
+        # data that was given is used, if only for importance.safetensors
+        modifier.requires_calibration_data |= dataset is not None and modifier.quantizes_itself
+    kwargs: dict[str, Any] = {}
+    if dataset is not None:
+        kwargs |= {"num_calibration_samples": num_samples, "max_seq_length": max_seq_length}
+        kwargs["dataset"] = _calibration(
+            dataset, model, tokenizer, num_samples=num_samples, max_seq_length=max_seq_length, seed=seed
+        )
+        kwargs["shuffle_calibration_samples"] = False  # the order is ours, and the same every time
+    try:
+        oneshot(model=model, tokenizer=tokenizer, recipe=recipe, pipeline=pipeline, **kwargs)
+    except ValueError as error:
+        if isinstance(error, SRDError):
+            raise
+        # llm-compressor's own way to refuse a recipe, at length
+        raise RecipeError(f"{recipe_path}: llm-compressor refuses it: {' '.join(str(error).split())}") from error
+    with new_directory(output, overwrite=overwrite) as staging:
+        model.save_pretrained(str(staging), save_compressed=True)
+        tokenizer.save_pretrained(str(staging))
+
+
+def load_recipe(path: Path) -> "Recipe":
+    """Parse a YAML recipe.
+
+    Raises:
+        RecipeError: the file is missing, not a recipe, names an unknown modifier, or has a setting out of range.
+    """
+    import yaml
+    from llmcompressor.recipe import Recipe
+    from pydantic import ValidationError
+
+    if not path.is_file():
+        raise RecipeError(f"{path}: there is no such recipe")
+    try:
+        recipe = Recipe.create_instance(str(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        reason = str(first["msg"]).removeprefix("Value error, ")
+        raise RecipeError(f"{path}: {error.title}{f'.{where}' if where else ''}: {reason}") from error
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise RecipeError(f"{path} is not a recipe: {' '.join(str(error).split())}") from error
+    if not recipe.modifiers:
+        # llm-compressor itself would run nothing and say nothing
+        raise RecipeError(f"{path} has no modifiers: its keys must end in _stage and, below, in _modifiers")
+    return recipe
+
+
+def _check_data(path: Path, recipe: "Recipe", dataset: str | None) -> None:
+    needing = [type(m).__name__ for m in recipe.modifiers if m.requires_calibration_data]
+    if needing and dataset is None:
+        raise SRDError(f"{path}: {needing[0]} needs calibration data; give --dataset a text file, or --dataset self")
+
+
+def _srd_modifiers(recipe: "Recipe") -> list[Any]:
+    from srd_modifier.modifier import SRDModifier
+
+    return [modifier for modifier in recipe.modifiers if isinstance(modifier, SRDModifier)]
+
+
+def _load(model_name: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if Path(model_name).exists() and not (Path(model_name) / "config.json").is_file():
+        raise SRDError(f"{model_name} has no config.json: this is not a model directory")
+    try:
+        return (
+            AutoModelForCausalLM.from_pretrained(model_name, dtype="auto"),
+            AutoTokenizer.from_pretrained(model_name),
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise SRDError(f"cannot load {model_name}: {reason}") from error
+
+
+def _calibration(dataset: str, model: Any, tokenizer: Any, **settings: int) -> Any:
+    if dataset == SELF:
+        return from_model(model, tokenizer, **settings)
+    if Path(dataset).suffix or Path(dataset).exists():
+        return from_file(Path(dataset), tokenizer, **settings)
+    return dataset  # a name that llm-compressor knows
