@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
-BENCHMARKS ?= benchmarks.quality benchmarks.oneshot_cost benchmarks.load_time
+BENCHMARKS ?= benchmarks.rounding benchmarks.quality benchmarks.oneshot_cost benchmarks.load_time
 
 VENV := .venv
 BIN := $(VENV)/bin
