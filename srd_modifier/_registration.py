@@ -6,6 +6,7 @@ warning that says what will not work.
 
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from types import ModuleType
 
 import wrapt
@@ -36,11 +37,7 @@ def _guarded(hook: Callable[[ModuleType], None], what: str) -> Callable[[ModuleT
 
 
 def _register_modifier(_: ModuleType) -> None:
-    from llmcompressor.modifiers.factory import ModifierFactory
-
-    from srd_modifier.modifier import SRDModifier
-
-    ModifierFactory.register("SRDModifier", SRDModifier)
+    import_module("srd_modifier.modifier")  # registers the class, now or when its own import is done
 
 
 def _register_quantizer(auto: ModuleType) -> None:

@@ -1,7 +1,8 @@
 """Directories and files that appear whole or not at all.
 
-Everything is written under a temporary name beside the target, flushed to the disk, and renamed. A kill at any
-point leaves the target as it was; what may stay behind is a sibling whose name ends in `.partial`.
+Everything is written under a temporary name beside the target (inside it where it is a mount point), flushed to the
+disk, and renamed. A kill at any point leaves the target as it was, or without config.json, or for a moment of an
+overwrite with nothing at its name; what stays behind has a name that ends in `.partial`.
 """
 
 import json
@@ -10,8 +11,11 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from srd_modifier.errors import CheckpointError
 
@@ -28,10 +32,13 @@ def new_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         CheckpointError: the target is in the way, or the disk refused a write. The target is untouched.
     """
     refuse_existing(target, overwrite=overwrite)
-    with _staging(target) as staging:
+    with _staging(target) as (staging, target):
         yield staging
         flush_tree(staging)
-        _swap(staging, target)
+        if staging.parent == target:
+            _merge(staging, target, keep_others=False)
+        else:
+            _swap(staging, target)
 
 
 @contextmanager
@@ -43,7 +50,7 @@ def merge_directory(target: Path) -> Iterator[Path]:
     """
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file, expected a directory")
-    with _staging(target) as staging:
+    with _staging(target) as (staging, target):
         yield staging
         flush_tree(staging)
         if target.is_dir() and any(target.iterdir()):
@@ -53,13 +60,19 @@ def merge_directory(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    staging = sibling(target)
+def _staging(target: Path) -> Iterator[tuple[Path, Path]]:
+    """The directory to fill and the one that it becomes: the target, or what it links to."""
+    real = target.resolve()
+    staging = sibling(real)
+    if real.is_dir() and real.stat().st_dev != real.parent.stat().st_dev:
+        staging = real / staging.name  # a mount point: nothing can be renamed into it from outside
     try:
         staging.mkdir(parents=True)
-        yield staging
+        yield staging, real
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
+    except SafetensorError as error:  # the library's own, also for a full disk
+        raise CheckpointError(f"cannot write {target}: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -141,13 +154,13 @@ def _swap(staging: Path, target: Path) -> None:
     _flush(target.absolute().parent)
 
 
-def _merge(staging: Path, target: Path) -> None:
+def _merge(staging: Path, target: Path, *, keep_others: bool = True) -> None:
     config = "config.json"
     (target / config).unlink(missing_ok=True)
-    for pattern in ("*.safetensors", "*.safetensors.index.json"):
-        for stale in target.glob(pattern):
-            stale.unlink()
-    shutil.rmtree(target / "srd", ignore_errors=True)
+    for old in list(target.iterdir()):
+        of_the_model = old.name == "srd" or fnmatch(old.name, "model*.safetensors*")
+        if old != staging and (of_the_model or not keep_others):
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     for source in sorted(staging.iterdir(), key=lambda path: path.name == config):
         destination = target / source.name
         if destination.is_dir():

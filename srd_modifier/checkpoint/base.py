@@ -33,13 +33,17 @@ class BaseCheckpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.shards = [Shard.open(path) for path in _weight_files(directory)]
+        weight_map = _weight_map(directory)
+        self.shards = [Shard.open(directory / name) for name in sorted(set(weight_map.values()))]
         self._shard_of: dict[str, Shard] = {}
         for shard in self.shards:
             for name in shard.tensors:
                 if name in self._shard_of:
                     raise CheckpointError(f"{name} is in both {self._shard_of[name].path} and {shard.path}")
                 self._shard_of[name] = shard
+        for name, file in weight_map.items():
+            if name and (name not in self._shard_of or self._shard_of[name].path.name != file):
+                raise CheckpointError(f"{directory / file}: {name} is missing, {_INDEX} promises it there")
 
     def __contains__(self, tensor: str) -> bool:
         return tensor in self._shard_of
@@ -85,7 +89,13 @@ class BaseCheckpoint:
         Raises:
             CheckpointError: the module's tensors are not those of `pack-quantized` int4.
         """
-        out_features, in_features = (int(size) for size in self.tensor(f"{module}.weight_shape").tolist())
+        shape = self.tensor(f"{module}.weight_shape")
+        if shape.shape != (2,) or shape.is_floating_point() or not bool((shape > 0).all()):
+            raise CheckpointError(
+                f"{self.path_of(f'{module}.weight_shape')}: {module}.weight_shape is {shape.tolist()}, "
+                "expected the rows and columns of a matrix"
+            )
+        out_features, in_features = shape.tolist()
         packed = self.info(module + _PACKED)
         if packed.dtype != "I32" or packed.shape != (out_features, -(-in_features // 8)):
             raise CheckpointError(
@@ -94,8 +104,20 @@ class BaseCheckpoint:
             )
         return out_features, in_features
 
-    def dequantize(self, module: str, device: torch.device | str = "cpu") -> Tensor:
-        """The W4 weight of a module: float32 `[out, in]` on `device`."""
+    def dequantize(
+        self, module: str, device: torch.device | str = "cpu", *, scale_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The W4 weight of a module: float32 `[out, in]` on `device`.
+
+        Args:
+            module: a quantized module.
+            device: where it is computed.
+            scale_dtype: round the scales to this dtype first, as a loader does that casts the whole checkpoint;
+                None takes them as they are stored.
+
+        Raises:
+            CheckpointError: the module's tensors are not those of `pack-quantized` int4, or do not fit together.
+        """
         out_features, in_features = self.weight_shape(module)
         if f"{module}.weight_g_idx" in self:
             raise CheckpointError(
@@ -103,12 +125,31 @@ class BaseCheckpoint:
                 "this version does not read; quantize with actorder: static"
             )
         zero_point = f"{module}.weight_zero_point"
+        groups = self._check_scale(module, out_features, in_features)
+        if zero_point in self:
+            self._check_layout(zero_point, ("I32",), (-(-out_features // 8), groups))
         return dequantize_w4(
             self.tensor(module + _PACKED).to(device),
-            self.tensor(f"{module}.weight_scale").to(device),
+            self.tensor(f"{module}.weight_scale").to(device, scale_dtype),
             unpack_zero_points(self.tensor(zero_point).to(device) if zero_point in self else None, out_features),
             in_features,
         )
+
+    def _check_scale(self, module: str, out_features: int, in_features: int) -> int:
+        """The groups per row; broadcasting would spread scales of another shape over the weight without a word."""
+        name = f"{module}.weight_scale"
+        shape = self.info(name).shape
+        groups = shape[1] if len(shape) == 2 and shape[1] > 0 and in_features % shape[1] == 0 else 1
+        self._check_layout(name, ("F32", "BF16", "F16"), (out_features, groups))
+        return groups
+
+    def _check_layout(self, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> None:
+        info = self.info(name)
+        if info.dtype not in dtypes or info.shape != shape:
+            raise CheckpointError(
+                f"{self.path_of(name)}: {name} is {info.dtype} {list(info.shape)}, "
+                f"expected {' or '.join(dtypes)} {list(shape)}"
+            )
 
     def tensor_digests(self) -> dict[str, str]:
         """SHA-256 of the bytes of every tensor, in hexadecimal; reads every file once, on all cores."""
@@ -160,13 +201,21 @@ def _hash_sample(shard: Shard, name: str) -> str:
     return sample.hexdigest()
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def _weight_map(directory: Path) -> dict[str, str]:
+    """The file of every tensor, from the index; `{"": file}` where one file holds everything."""
     index = directory / _INDEX
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index} has no weight_map")
-        return [directory / name for name in sorted(set(weight_map.values()))]
-    if (directory / _SINGLE).is_file():
-        return [directory / _SINGLE]
-    raise CheckpointError(f"{directory} has neither {_SINGLE} nor {_INDEX}")
+    single = (directory / _SINGLE).is_file()
+    if not index.is_file():
+        if not single:
+            raise CheckpointError(f"{directory} has neither {_SINGLE} nor {_INDEX}")
+        return {"": _SINGLE}
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(f"{index}: {name} points to {file!r}, expected a file name in the same folder")
+    if single and _SINGLE not in weight_map.values():
+        # Transformers would load the one, vLLM the others
+        raise CheckpointError(f"{directory} has both {_SINGLE} and {_INDEX} with other files; remove what is stale")
+    return weight_map

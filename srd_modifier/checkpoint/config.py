@@ -1,6 +1,7 @@
 """`srd_config`, the settings that config.json carries, and the alpha that each module gets from them."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,12 @@ class SRDConfig:
     sidecar: str = SIDECAR_INDEX
 
     def __post_init__(self) -> None:
+        for name in ("base_digest", "base_fingerprint", "sidecar"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"srd_config.{name} is {getattr(self, name)!r}, expected text")
+        repeated = next((module for module, count in Counter(self.modules).items() if count > 1), None)
+        if repeated is not None:
+            raise ConfigError(f"srd_config.modules has {repeated} twice")
         check_alphas(self.alpha, self.layer_alphas)
         if Path(self.sidecar).is_absolute() or ".." in Path(self.sidecar).parts:
             raise ConfigError(f"srd_config.sidecar is {self.sidecar!r}, expected a path inside the checkpoint")
@@ -70,11 +77,18 @@ class SRDConfig:
             raise ConfigError(
                 f"srd_config.version is {version!r}, this srd-modifier reads {VERSION}; upgrade srd-modifier"
             )
-        own = {name: rest.pop(name) for name in cls.__dataclass_fields__ if name != "format" and name in rest}
-        missing = sorted({"modules", "base_digest", "base_fingerprint"} - own.keys())
+        # a default in the place of a missing field would be another checkpoint
+        names = cls.__dataclass_fields__.keys() - {"format"}
+        missing = sorted((names | ResidualFormat.__dataclass_fields__.keys()) - rest.keys())
         if missing:
             raise ConfigError(f"srd_config.{missing[0]} is missing")
-        own["modules"] = tuple(own["modules"])
+        own = {name: rest.pop(name) for name in names}
+        modules, layer_alphas = own["modules"], own["layer_alphas"]
+        if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+            raise ConfigError("srd_config.modules is not a list of module names")
+        if not isinstance(layer_alphas, dict):
+            raise ConfigError(f"srd_config.layer_alphas is {layer_alphas!r}, expected an object")
+        own["modules"] = tuple(modules)
         return cls(format=ResidualFormat.from_dict(rest), **own)
 
 
@@ -147,7 +161,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object")

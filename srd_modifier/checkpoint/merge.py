@@ -75,9 +75,9 @@ def _dense_tensors(sidecar: Sidecar, alphas: Mapping[str, float], dtype: torch.d
             yield name, base.tensor(name)
         elif name.endswith(".weight_packed"):
             if module in alphas:
-                yield f"{module}.weight", sidecar.correct(module, alphas[module]).to(dtype)
+                yield f"{module}.weight", sidecar.correct(module, alphas[module], dtype)
             else:
-                yield f"{module}.weight", base.dequantize(module).to(dtype)
+                yield f"{module}.weight", base.dequantize(module, scale_dtype=dtype).to(dtype)
 
 
 def _write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> None:

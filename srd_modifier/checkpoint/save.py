@@ -8,7 +8,15 @@ from torch import Tensor
 
 from srd_modifier.checkpoint.atomic import link_or_copy, write_json
 from srd_modifier.checkpoint.base import BaseCheckpoint
-from srd_modifier.checkpoint.config import CONFIG_KEY, IMPORTANCE, SIDECAR_INDEX, SRDConfig, read_model_config
+from srd_modifier.checkpoint.config import (
+    CONFIG_KEY,
+    IMPORTANCE,
+    SIDECAR_INDEX,
+    SRDConfig,
+    read_json,
+    read_model_config,
+)
+from srd_modifier.checkpoint.writer import INDEX_NAME
 from srd_modifier.errors import CheckpointError
 from srd_modifier.residual import ResidualFormat
 
@@ -49,8 +57,15 @@ def attach_sidecar(
             )
     folder = (directory / SIDECAR_INDEX).parent
     folder.mkdir()
+    base_digest = base.combine(digests)
     for file in files:
-        link_or_copy(file, folder / file.name)
+        if file.name == INDEX_NAME:
+            # binds the sidecar to the base, as srd_config binds the base to the model
+            index = read_json(file)
+            index["metadata"]["base_digest"] = base_digest
+            write_json(folder / file.name, index)
+        else:
+            link_or_copy(file, folder / file.name)
     if importance:
         save_file({f"{name}.importance": value for name, value in importance.items()}, directory / IMPORTANCE)
     config = SRDConfig(
@@ -58,7 +73,7 @@ def attach_sidecar(
         format=fmt,
         alpha=alpha,
         layer_alphas=dict(layer_alphas or {}),
-        base_digest=base.combine(digests),
+        base_digest=base_digest,
         base_fingerprint=base.fingerprint(),
     )
     model_config = read_model_config(directory)

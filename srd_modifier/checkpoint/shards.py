@@ -83,6 +83,8 @@ class Shard:
             raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
         header, data_start = _read_header(path, mapped, size)
         metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise CheckpointError(f"{path}: __metadata__ is not an object of strings")
         tensors = {name: _tensor_info(path, name, value, data_start) for name, value in header.items()}
         _check_cover(path, tensors, data_start, size)
         return cls(path, metadata, tensors, mapped)
@@ -139,7 +141,7 @@ def _read_header(path: Path, mapped: mmap.mmap, size: int) -> tuple[dict[str, An
         header = json.loads(mapped[_LENGTH_BYTES:data_start].decode(), object_pairs_hook=_no_duplicates)
     except _DuplicateError as error:
         raise CheckpointError(f"{path}: the header has {error.args[0]!r} twice") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a safetensors file: its header is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is not a safetensors file: its header is not a JSON object")
@@ -148,10 +150,19 @@ def _read_header(path: Path, mapped: mmap.mmap, size: int) -> tuple[dict[str, An
 
 def _tensor_info(path: Path, name: str, value: Any, data_start: int) -> TensorInfo:
     try:
-        start, end = value["data_offsets"]
-        return TensorInfo(value["dtype"], tuple(value["shape"]), data_start + start, data_start + end)
+        name.encode()  # JSON can spell half a surrogate pair, which is no text
+        dtype, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
+        well_formed = isinstance(dtype, str) and isinstance(shape, list) and all(map(_is_size, (*shape, start, end)))
     except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{path}: the header entry of {name} is malformed") from None
+        well_formed = False
+    if not well_formed:
+        shown = name.encode("ascii", "backslashreplace").decode()
+        raise CheckpointError(f"{path}: the header entry of {shown} is malformed")
+    return TensorInfo(dtype, tuple(shape), data_start + start, data_start + end)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _check_cover(path: Path, tensors: dict[str, TensorInfo], data_start: int, size: int) -> None:

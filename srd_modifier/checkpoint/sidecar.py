@@ -12,7 +12,7 @@ from torch import Tensor
 from srd_modifier.checkpoint.base import BaseCheckpoint
 from srd_modifier.checkpoint.config import IMPORTANCE, VERSION, SRDConfig, read_json, read_srd_config
 from srd_modifier.checkpoint.shards import DTYPE_NAMES, Shard
-from srd_modifier.checkpoint.writer import METADATA_KEY, ResidualEntry
+from srd_modifier.checkpoint.writer import METADATA_KEY, ResidualEntry, records_digest
 from srd_modifier.errors import CheckpointError, ConfigError
 from srd_modifier.residual import EncodedResidual, ResidualFormat, add_decoded_
 
@@ -69,24 +69,33 @@ class Sidecar:
         _check_nothing_extra(index_path, weight_map, entries)
         base = BaseCheckpoint(directory)
         _check_base(directory, base, config, entries)
+        _check_binding(index_path, index, config, records)
         return cls(directory, config, base, entries, shards, digests)
 
-    def encoded(self, module: str, device: torch.device | str = "cpu", *, verify: bool = True) -> EncodedResidual:
+    def encoded(self, module: str, device: torch.device | str = "cpu") -> EncodedResidual:
         """The stored residual of a module.
 
         Raises:
             CheckpointError: its bytes do not match their digest; the message names file and tensor.
         """
-        tensors = {suffix: self._read(module, suffix, verify).to(device) for suffix in self.entries[module].layout()}
+        tensors = {suffix: self._read(module, suffix).to(device) for suffix in self.entries[module].layout()}
         return EncodedResidual(tensors["weight_d8"], tensors["weight_d8_scale"], tensors.get("weight_d8_mask"))
 
-    def correct(self, module: str, alpha: float, device: torch.device | str = "cpu", *, verify: bool = True) -> Tensor:
-        """`W4 + alpha * residual` of a module: float32 `[out, in]`; with alpha 0 exactly the W4 weight."""
-        weight = self.base.dequantize(module, device)
+    def correct(
+        self, module: str, alpha: float, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """`W4 + alpha * residual` of a module: `[out, in]` of `dtype`, computed in float32 and rounded once.
+
+        With alpha 0 it is what every loader computes that casts the checkpoint to `dtype`, bit for bit.
+
+        Raises:
+            CheckpointError: the residual does not match its digest.
+        """
         if alpha == 0:
-            return weight
-        encoded = self.encoded(module, device, verify=verify)
-        return add_decoded_(weight, encoded, self.entries[module].format, key=module, alpha=alpha)
+            return self.base.dequantize(module, device, scale_dtype=dtype).to(dtype)
+        weight = self.base.dequantize(module, device)
+        encoded = self.encoded(module, device)
+        return add_decoded_(weight, encoded, self.entries[module].format, key=module, alpha=alpha).to(dtype)
 
     def files(self) -> list[Path]:
         """Every file of the sidecar, the importance included."""
@@ -110,10 +119,10 @@ class Sidecar:
         for module in self.entries:
             self.encoded(module)
 
-    def _read(self, module: str, suffix: str, verify: bool) -> Tensor:
+    def _read(self, module: str, suffix: str) -> Tensor:
         name = f"{module}.{suffix}"
         shard = self._shards[name]
-        if verify and hashlib.sha256(shard.view(name)).hexdigest() != self._digests[module][suffix]:
+        if hashlib.sha256(shard.view(name)).hexdigest() != self._digests[module][suffix]:
             raise CheckpointError(f"{shard.path}: {name} does not match its digest; the file is damaged")
         return shard.tensor(name)
 
@@ -151,7 +160,12 @@ def _open_shards(folder: Path, weight_map: dict[str, str]) -> tuple[dict[str, Sh
             if weight_map[name] != file:
                 raise CheckpointError(f"{shard.path}: {name} is a duplicate, the index has it in {weight_map[name]}")
             shards[name] = shard
-        records.update(_records(shard))
+        for module, record in _records(shard).items():
+            place = weight_map.get(f"{module}.weight_d8")
+            if place != file:
+                known = f"the index has it in {place}" if place else "the index does not have it"
+                raise CheckpointError(f"{shard.path}: the metadata of {module} is extra, {known}")
+            records[module] = record
     for name, file in weight_map.items():
         if name not in shards:
             raise CheckpointError(f"{folder / file}: {name} is missing, the index promises it there")
@@ -162,10 +176,12 @@ def _records(shard: Shard) -> dict[str, dict[str, Any]]:
     try:
         metadata = json.loads(shard.metadata[METADATA_KEY])
         version, modules = metadata["version"], metadata["modules"]
-    except (KeyError, TypeError, json.JSONDecodeError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise CheckpointError(f"{shard.path} has no srd metadata: it is not a residual file") from None
     if version != VERSION:
         raise CheckpointError(f"{shard.path}: version is {version!r}, this srd-modifier reads {VERSION}")
+    if not isinstance(modules, dict):
+        raise CheckpointError(f"{shard.path} has malformed srd metadata: modules is not an object")
     return modules
 
 
@@ -174,6 +190,8 @@ def _entry(shard: Shard, module: str, record: dict[str, Any] | None) -> tuple[Re
         if record is None:
             raise KeyError(module)
         out_features, in_features = record["shape"]
+        if not all(type(size) is int and size > 0 for size in (out_features, in_features)):
+            raise ValueError(f"shape is {record['shape']!r}")
         entry = ResidualEntry(out_features, in_features, ResidualFormat.from_dict(record["format"]))
         digests = {suffix: str(record["sha256"][suffix]) for suffix in entry.layout()}
     except (KeyError, TypeError, ValueError, ConfigError) as error:
@@ -228,4 +246,20 @@ def _check_base(directory: Path, base: BaseCheckpoint, config: SRDConfig, entrie
         raise CheckpointError(
             f"{base.files[0]}: the sidecar in {directory / 'srd'} belongs to another base (fingerprint differs); "
             "copy base and sidecar from the same checkpoint"
+        )
+
+
+def _check_binding(
+    index_path: Path, index: dict[str, Any], config: SRDConfig, records: dict[str, dict[str, Any]]
+) -> None:
+    """srd_config names the base, the index names both the base and the residual: none can be exchanged alone."""
+    if index["metadata"].get("base_digest") != config.base_digest:
+        raise CheckpointError(
+            f"{index_path}: the sidecar belongs to another base than srd_config (base_digest differs); "
+            "copy base and sidecar from the same checkpoint"
+        )
+    if index["metadata"].get("residual_digest") != records_digest(records):
+        raise CheckpointError(
+            f"{index_path}: the residual files are not those of this index (residual_digest differs); they were "
+            "changed or belong to another checkpoint"
         )

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from srd_modifier.checkpoint.base import BaseCheckpoint
 from srd_modifier.checkpoint.config import read_srd_config
-from srd_modifier.checkpoint.shards import DTYPES
 from srd_modifier.checkpoint.sidecar import Sidecar
 from srd_modifier.selection.depth import layer_of
 
@@ -46,7 +45,7 @@ def measure(directory: Path | str, *, corrected: Collection[str] | None = None) 
     else:
         matrices = [base.info(name) for name in base if layer_of(name) is not None and len(base.info(name).shape) >= 2]
         weights = sum(math.prod(info.shape) for info in matrices)
-        size = sum(math.prod(info.shape) * DTYPES[info.dtype].itemsize for info in matrices)
+        size = sum(info.end - info.start for info in matrices)
     if read_srd_config(directory) is not None and (corrected is None or corrected):
         sidecar = Sidecar.open(directory)
         used = sum(

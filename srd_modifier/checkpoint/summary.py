@@ -41,7 +41,7 @@ class Summary:
         chunks: the residual by chunk of depth; `outside` are modules outside the decoder layers.
         base_bytes: of the files of the W4A16 model.
         residual_bytes: of the sidecar's tensors.
-        bits_per_weight_w4: of the quantized weights, scales and zero points included.
+        bits_per_weight_w4: of the quantized weights, scales and zero points included; None if there are none.
         bits_per_weight: the same with the residual.
         has_importance: whether the mean squared inputs were saved.
     """
@@ -55,8 +55,8 @@ class Summary:
     chunks: dict[str, ChunkSummary]
     base_bytes: int
     residual_bytes: int
-    bits_per_weight_w4: float
-    bits_per_weight: float
+    bits_per_weight_w4: float | None
+    bits_per_weight: float | None
     has_importance: bool
 
     def as_json(self) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def summarize(directory: Path | str) -> Summary:
         chunks=chunks,
         base_bytes=sum(path.stat().st_size for path in base.files),
         residual_bytes=residual_bytes,
-        bits_per_weight_w4=8 * w4_bytes / weights if weights else math.nan,
-        bits_per_weight=8 * (w4_bytes + residual_bytes) / weights if weights else math.nan,
+        bits_per_weight_w4=8 * w4_bytes / weights if weights else None,
+        bits_per_weight=8 * (w4_bytes + residual_bytes) / weights if weights else None,
         has_importance=(directory / IMPORTANCE).is_file(),
     )

@@ -5,7 +5,7 @@ the same way down the columns. The float32 product of code and scale is exact (4
 it to the model's dtype gives bit for bit what every other loader computes.
 """
 
-from torch import Tensor, int32, stack, uint8
+from torch import Tensor, contiguous_format, float32, int16, int32, mul, uint8
 
 _OFFSET = 8  # of a signed 4-bit code as stored
 _BLOCK_ENTRIES = 2**20
@@ -26,15 +26,16 @@ def dequantize_w4(packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_f
     out_features, groups = len(packed), scale.shape[1]
     if in_features % groups:
         raise ValueError(f"{groups} scales per row do not divide {in_features} columns")
-    weight = packed.new_empty((out_features, in_features), dtype=scale.float().dtype)
+    weight = packed.new_empty((out_features, in_features), dtype=float32)
+    grouped = weight.view(out_features, groups, in_features // groups)
     block = max(1, _BLOCK_ENTRIES // in_features)
     for start in range(0, out_features, block):
         rows = slice(start, start + block)
-        # one pass over the codes while they are in the cache
-        codes = _nibbles(packed[rows], in_features).float().sub_(_OFFSET).view(-1, groups, in_features // groups)
+        # a few passes over the codes while they are in the cache
+        codes = _nibbles(packed[rows], in_features).float().sub_(_OFFSET).view_as(grouped[rows])
         if zero_point is not None:
             codes -= zero_point[rows].unsqueeze(-1)
-        weight[rows] = codes.mul_(scale[rows].float().unsqueeze(-1)).view(-1, in_features)
+        mul(codes, scale[rows].float().unsqueeze(-1), out=grouped[rows])
     return weight
 
 
@@ -47,5 +48,9 @@ def _nibbles(packed: Tensor, columns: int) -> Tensor:
     """The unsigned 4-bit values of int32 `[rows, words]`: uint8 `[rows, columns]`."""
     if packed.dtype != int32:
         raise ValueError(f"expected packed codes as int32, got {packed.dtype}")
-    pairs = packed.contiguous().view(uint8)
-    return stack((pairs & 15, pairs >> 4), dim=-1).view(len(packed), -1)[:, :columns]
+    # a byte holds two values: spread each to its own byte, first the lower four bits, then the upper
+    if packed.stride(-1) != 1:
+        packed = packed.clone(memory_format=contiguous_format)
+    pairs = packed.view(uint8).to(int16)
+    spread = (pairs << 4).bitwise_or_(pairs).bitwise_and_(0x0F0F)
+    return spread.view(uint8)[:, :columns]

@@ -67,15 +67,22 @@ class SidecarWriter:
         self.directory = directory
         self.entries = dict(entries)
         self._digests: dict[str, dict[str, str]] = {}
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {directory}: {error.strerror or error}") from error
         groups = _group(self.entries, max_shard_bytes)
         self._files = [
             _ShardFile(directory / f"residual-{number:05d}-of-{len(groups):05d}.safetensors", group)
             for number, group in enumerate(groups, 1)
         ]
         self._file_of = {module: file for file in self._files for module in file.entries}
-        for file in self._files:
-            file.reserve()
+        try:
+            for file in self._files:
+                file.reserve()
+        except CheckpointError:
+            self.close()
+            raise
 
     @property
     def missing(self) -> list[str]:
@@ -95,7 +102,7 @@ class SidecarWriter:
         }
 
     def finish(self, default: ResidualFormat) -> None:
-        """Write headers and index, and flush everything to the disk.
+        """Write headers and index, and flush everything to the disk; what is finished already stays as it is.
 
         Args:
             default: the format in srd_config; the index records the modules that differ from it.
@@ -122,6 +129,9 @@ class SidecarWriter:
             "metadata": {
                 "total_size": sum(entry.bytes() for entry in self.entries.values()),
                 "version": VERSION,
+                "residual_digest": records_digest(
+                    {module: _record(entry, self._digests[module]) for module, entry in self.entries.items()}
+                ),
                 "formats": differing,
             },
             "weight_map": dict(sorted(weight_map.items())),
@@ -137,6 +147,7 @@ class _ShardFile:
     places: dict[str, tuple[torch.dtype, tuple[int, ...], int, int]] = field(init=False)
     _data_start: int = field(init=False)
     _descriptor: int | None = field(init=False, default=None)
+    _finished: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         tensors = {
@@ -158,7 +169,10 @@ class _ShardFile:
         total = self._data_start + self._size
         try:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-            os.posix_fallocate(self._descriptor, 0, total)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._descriptor, 0, total)
+            else:  # macOS: the file gets its length, but a full disk is noticed only while writing
+                os.ftruncate(self._descriptor, total)
         except OSError as error:
             raise CheckpointError(
                 f"cannot reserve {total} bytes for the residual in {self.path.parent}: {error.strerror or error}"
@@ -168,16 +182,25 @@ class _ShardFile:
         """Write a tensor to its place and return the SHA-256 of its bytes."""
         _, _, start, _ = self.places[name]
         data = tensor_bytes(tensor)
-        _write_all(self._open_descriptor(), data, self._data_start + start)
+        descriptor = self._open_descriptor()
+        self._write_all(data, self._data_start + start)
+        # Linux then begins to write the pages out, so that the flush at the end has little left to wait for
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, self._data_start + start, len(data), os.POSIX_FADV_DONTNEED)
         return hashlib.sha256(data).hexdigest()
 
     def finish(self, digests: Mapping[str, Mapping[str, str]]) -> None:
-        descriptor = self._open_descriptor()
+        if self._finished:
+            return
         header = self._header(digests)
         assert len(header) == self._data_start
-        _write_all(descriptor, memoryview(header), 0)
-        os.fsync(descriptor)
+        self._write_all(memoryview(header), 0)
+        try:
+            os.fsync(self._open_descriptor())
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.path}: {error.strerror or error}") from error
         self.close()
+        self._finished = True
 
     def close(self) -> None:
         if self._descriptor is not None:
@@ -189,15 +212,18 @@ class _ShardFile:
             raise CheckpointError(f"{self.path} is closed")
         return self._descriptor
 
+    def _write_all(self, data: memoryview, offset: int) -> None:
+        descriptor = self._open_descriptor()
+        try:
+            while data:
+                written = os.pwrite(descriptor, data, offset)
+                data = data[written:]
+                offset += written
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.path}: {error.strerror or error}") from error
+
     def _header(self, digests: Mapping[str, Mapping[str, str]]) -> bytes:
-        modules = {
-            module: {
-                "shape": [entry.out_features, entry.in_features],
-                "format": entry.format.to_dict(),
-                "sha256": {suffix: digests[module].get(suffix, _NO_DIGEST) for suffix in entry.layout()},
-            }
-            for module, entry in self.entries.items()
-        }
+        modules = {module: _record(entry, digests[module]) for module, entry in self.entries.items()}
         srd = json.dumps({"version": VERSION, "modules": modules}, separators=(",", ":"))
         tensors = {
             name: {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
@@ -207,6 +233,20 @@ class _ShardFile:
         encoded = header.encode()
         encoded += b" " * (-len(encoded) % _ALIGNMENT)
         return len(encoded).to_bytes(8, "little") + encoded
+
+
+def records_digest(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """SHA-256 over the shape, format and digests of every module: one line for a whole sidecar."""
+    return "sha256:" + hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
+
+
+def _record(entry: ResidualEntry, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What the metadata of a file says about one module."""
+    return {
+        "shape": [entry.out_features, entry.in_features],
+        "format": entry.format.to_dict(),
+        "sha256": {suffix: digests.get(suffix, _NO_DIGEST) for suffix in entry.layout()},
+    }
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -226,10 +266,3 @@ def _group(entries: Mapping[str, ResidualEntry], max_bytes: int) -> list[dict[st
         groups[-1][module] = entry
         used += entry.bytes()
     return groups
-
-
-def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data = data[written:]
-        offset += written

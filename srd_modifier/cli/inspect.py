@@ -52,7 +52,8 @@ def table(summary: "Summary") -> Table:
     rows.add_row("base on disk", f"{summary.base_bytes:,} bytes")
     if summary.settings:
         rows.add_row("residual on disk", f"{summary.residual_bytes:,} bytes")
-    rows.add_row("bits per weight, W4", f"{summary.bits_per_weight_w4:.3f}")
+    if summary.bits_per_weight_w4 is not None:
+        rows.add_row("bits per weight, W4", f"{summary.bits_per_weight_w4:.3f}")
     if summary.settings:
         rows.add_row("bits per weight, with residual", f"{summary.bits_per_weight:.3f}")
         rows.add_row("base digest", str(summary.base_digest))

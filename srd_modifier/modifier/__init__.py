@@ -7,6 +7,12 @@ capture     original weights to residuals, one layer at a time
 saving      the sidecar that `save_pretrained` writes with the model
 """
 
+from llmcompressor.modifiers.factory import ModifierFactory
+
 from srd_modifier.modifier.base import SRDModifier
+
+# here and not in the post-import hook alone: that one runs too early when this package is the first to import
+# llm-compressor
+ModifierFactory.register("SRDModifier", SRDModifier)
 
 __all__ = ["SRDModifier"]

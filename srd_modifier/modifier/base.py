@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
@@ -14,16 +13,21 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from srd_modifier.checkpoint.config import check_alphas
+from srd_modifier.errors import RecipeError
 from srd_modifier.modifier.capture import CorrectedModule, ResidualCapture
 from srd_modifier.modifier.events import observe
-from srd_modifier.modifier.plan import check_weights, corrected_modules, find_quantizers, quantized_modules
+from srd_modifier.modifier.plan import (
+    check_no_rival,
+    check_scale,
+    check_weights,
+    corrected_modules,
+    find_quantizers,
+    quantized_modules,
+)
 from srd_modifier.modifier.saving import install_save
 from srd_modifier.residual import ResidualFormat
 from srd_modifier.selection.choice import check_choice
 from srd_modifier.selection.patterns import pattern_value
-
-# one capture per model: the SRDModifiers of a recipe share a sidecar
-_CAPTURES: WeakKeyDictionary[nn.Module, ResidualCapture] = WeakKeyDictionary()
 
 
 class SRDModifier(QuantizationModifier):
@@ -110,10 +114,15 @@ class SRDModifier(QuantizationModifier):
         recipe = active_session().lifecycle.recipe.modifiers
         quantizers = find_quantizers(self, recipe, quantizes_itself=self.quantizes_itself)
         quantized = quantized_modules(state.model, quantizers)
+        if self.quantizes_itself:
+            check_no_rival(state.model, self, quantized, recipe)
+        if self.spool_dir and not Path(self.spool_dir).is_dir():
+            raise RecipeError(f"spool_dir {self.spool_dir} is not a directory")
         chosen = corrected_modules(
             state.model, quantized, targets=self._may_correct(), ignore=self.ignore, correct=self.correct
         )
-        check_weights(quantized[name] for name in chosen)
+        if any(_overwrites_weights(quantizer) for quantizer in quantizers):
+            check_weights(quantized[name] for name in chosen)
         if self.quantizes_itself:
             super().on_initialize(state, **kwargs)
 
@@ -182,6 +191,9 @@ class SRDModifier(QuantizationModifier):
     def after_quantizing(self, quantizer: Modifier, modules: Sequence[nn.Module]) -> None:
         """Encode what the quantizer lost in that layer."""
         assert self._capture is not None
+        for module in modules:
+            if module in self._names:
+                check_scale(self._names[module], module)
         self._capture.encode_overwritten(modules, type(quantizer).__name__)
 
     def calibration_ends(self, quantizer: Modifier) -> None:
@@ -192,9 +204,9 @@ class SRDModifier(QuantizationModifier):
         return sorted(self.resolved_targets) if self.quantizes_itself else list(self.targets)
 
     def _shared_capture(self, model: nn.Module, recipe: Sequence[Modifier]) -> ResidualCapture:
-        if self is next(modifier for modifier in recipe if isinstance(modifier, SRDModifier)):
-            _CAPTURES[model] = ResidualCapture(model)
-        return _CAPTURES[model]
+        """The first SRDModifier's capture: all of a recipe share a sidecar."""
+        first = next(modifier for modifier in recipe if isinstance(modifier, SRDModifier))
+        return first._capture or ResidualCapture(model)
 
 
 def _overwrites_weights(quantizer: Modifier) -> bool:

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from srd_modifier.checkpoint.w4 import dequantize_w4, unpack_zero_points
 from srd_modifier.checkpoint.writer import ResidualEntry, SidecarWriter, tensor_bytes
-from srd_modifier.errors import RecipeError
+from srd_modifier.errors import CheckpointError, RecipeError
 from srd_modifier.residual import EncodedResidual, ResidualFormat, concatenate_rows, encode
+from srd_modifier.selection.patterns import pattern_value
 
 _BASE_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point")
-_BLOCK_ENTRIES = 2**19
+_BLOCK_ENTRIES = 2**21
 _MAX_WAITING = 2
 
 
@@ -59,6 +60,7 @@ class ResidualCapture:
         self._input_squares: dict[str, Tensor] = {}
         self._input_tokens: dict[str, int] = {}
         self._writer: SidecarWriter | None = None
+        self._finished = False
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="srd-residual")
         self._storing: deque[Future[None]] = deque()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -80,9 +82,16 @@ class ResidualCapture:
         if self._format is None:
             self._format, self.alpha, self.layer_alphas = fmt, alpha, dict(layer_alphas)
         else:
-            # patterns of one modifier must not reach the modules of another
-            self.layer_alphas.update({c.name: c.alpha for c in added.values() if c.alpha != self.alpha})
+            # patterns of one modifier must not reach the modules of another: names stand before them
+            own = {
+                c.name: c.alpha
+                for c in added.values()
+                if pattern_value(c.name, self.layer_alphas, self.alpha) != c.alpha
+            }
+            self.layer_alphas = own | self.layer_alphas
         self.modules.update(added)
+        order = {module: position for position, module in enumerate(self.model.modules())}
+        self.modules = dict(sorted(self.modules.items(), key=lambda item: order[item[0]]))
 
     @property
     def format(self) -> ResidualFormat:
@@ -127,11 +136,7 @@ class ResidualCapture:
             compressor = BaseCompressor.get_value_from_registry(infer_module_format(type(module), scheme).value)
             packed = compressor.compress(state, scheme)
             nothing_lost.append(self._encode(module, self._originals.pop(module), packed))
-        if done and all(nothing_lost):
-            raise RecipeError(
-                f"{self.modules[done[0]].name}: {quantizer} lost nothing, its weights were on the 4-bit grid before; "
-                "start from the original model, with SRDModifier before the quantizer"
-            )
+        self._refuse_if_nothing(done, nothing_lost, quantizer)
 
     def add_inputs(self, name: str, inputs: Tensor) -> None:
         """Add a module's calibration inputs `[..., in_features]` to its mean square."""
@@ -149,6 +154,7 @@ class ResidualCapture:
         assert self._writer is not None
         self._finish_storing()
         missing = set(self._writer.missing)
+        done, nothing_lost = [], []
         for module, corrected in self.modules.items():
             if corrected.name not in missing:
                 continue
@@ -159,9 +165,16 @@ class ResidualCapture:
                 raise RecipeError(f"{corrected.name} was not calibrated by the recipe; its residual cannot be computed")
             original = corrected.module.weight.detach()
             compress_module(module)
-            self._encode(module, original, get_direct_state_dict(module))
+            packed = get_direct_state_dict(module)
+            if "weight_packed" not in packed:
+                raise CheckpointError(f"{corrected.name} was saved uncompressed before and is not packed any more")
+            done.append(module)
+            nothing_lost.append(self._encode(module, original, packed))
+        self._refuse_if_nothing(done, nothing_lost, "round-to-nearest")
         self._finish_storing()
-        self._writer.finish(self.format)
+        if not self._finished:
+            self._writer.finish(self.format)
+            self._finished = True
 
     def importance(self) -> dict[str, Tensor]:
         """Mean squared input of every quantized module that saw calibration data: float32 `[in_features]`."""
@@ -171,6 +184,13 @@ class ResidualCapture:
         """The finished files of the sidecar."""
         assert self._folder is not None
         return sorted(Path(self._folder.name).iterdir())
+
+    def _refuse_if_nothing(self, done: list[nn.Module], nothing_lost: list[bool], quantizer: str) -> None:
+        if done and all(nothing_lost):
+            raise RecipeError(
+                f"{self.modules[done[0]].name}: {quantizer} lost nothing, its weights were on the 4-bit grid before; "
+                "start from the original model, with SRDModifier before the quantizer"
+            )
 
     def _mean_square(self, name: str) -> Tensor | None:
         return self._input_squares[name] / self._input_tokens[name] if name in self._input_squares else None

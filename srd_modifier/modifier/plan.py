@@ -66,6 +66,8 @@ def quantized_modules(model: nn.Module, quantizers: Iterable[Modifier]) -> dict[
         taken = {}
         for scheme in quantizer.resolved_config.config_groups.values():
             for name, module in match_named_modules(model, scheme.targets, quantizer.ignore):
+                if not isinstance(module, nn.Linear | nn.Embedding):
+                    continue  # patterns match containers too; upstream quantizes these two only
                 taken[name] = module
                 _check_scheme(name, module, scheme, quantizer)
         for name, module in taken.items():
@@ -82,6 +84,20 @@ def quantized_modules(model: nn.Module, quantizers: Iterable[Modifier]) -> dict[
         )
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
     return dict(sorted(found.items(), key=lambda item: order[item[0]]))
+
+
+def check_no_rival(model: nn.Module, srd: Modifier, quantized: Iterable[str], recipe: Iterable[Modifier]) -> None:
+    """Raise RecipeError if `srd`, which quantizes these modules itself, is not the only one to quantize them."""
+    names = set(quantized)
+    for other in recipe:
+        if not isinstance(other, QuantizationMixin) or type(other) is type(srd):
+            continue
+        for name, _ in match_named_modules(model, other.resolved_targets, other.ignore):
+            if name in names:
+                raise RecipeError(
+                    f"{name} is quantized twice, by SRDModifier and {type(other).__name__}; keep one, or take scheme "
+                    "and config_groups away from SRDModifier, which then corrects the other"
+                )
 
 
 def corrected_modules(
@@ -121,6 +137,16 @@ def check_weights(modules: Iterable[QuantizedModule]) -> None:
         extremes = torch.stack(torch.aminmax(quantized.module.weight))
         if not bool(torch.isfinite(extremes).all()):
             raise RecipeError(f"{quantized.name}.weight has NaN or infinite entries; the model cannot be quantized")
+
+
+def check_scale(name: str, module: nn.Module) -> None:
+    """Raise RecipeError if a module's scales are not finite, as they are not if its weight is not.
+
+    Round-to-nearest has read the weight for its scales; reading it once more, before, would cost as much again.
+    """
+    scale = getattr(module, "weight_scale", None)
+    if scale is not None and not bool(torch.isfinite(scale).all()):
+        raise RecipeError(f"{name}.weight has NaN or infinite entries; the model cannot be quantized")
 
 
 def shortened(names: Sequence[str]) -> str:

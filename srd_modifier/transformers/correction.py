@@ -5,7 +5,7 @@ files again and computes `W4 + alpha * D8 * S8` into the weight.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +15,6 @@ from srd_modifier.checkpoint.config import module_alphas
 from srd_modifier.checkpoint.sidecar import Sidecar
 from srd_modifier.errors import SRDError
 from srd_modifier.selection.depth import check_chunks, chunk_of
-from srd_modifier.transformers.weights import find_weight
 
 _CORRECTIONS: WeakKeyDictionary[nn.Module, "Correction"] = WeakKeyDictionary()
 
@@ -27,26 +26,50 @@ class Correction:
     Attributes:
         sidecar: of the model's checkpoint.
         dial: alpha of every corrected module, as the user last set it.
-        applied: alpha that is in the weights now; 0 where a chunk is released.
+        hydrated: modules whose residual is in the weights; the others are plain W4.
+        applied: alpha that is in the weights now.
     """
 
     sidecar: Sidecar
     dial: dict[str, float]
-    applied: dict[str, float]
+    hydrated: set[str]
+    applied: dict[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.applied = self.wanted()
+
+    def wanted(self) -> dict[str, float]:
+        """Alpha that every corrected module should have."""
+        return {module: alpha if module in self.hydrated else 0.0 for module, alpha in self.dial.items()}
 
     @torch.no_grad()
-    def apply(self, model: nn.Module, wanted: Mapping[str, float]) -> None:
-        """Recompute the weights whose alpha differs from the one that is in them."""
-        for module, alpha in wanted.items():
+    def update(self, model: nn.Module) -> None:
+        """Recompute the weights whose alpha is not the one that is in them."""
+        # here, because compressed-tensors comes with it, and every import of Transformers would import that
+        from srd_modifier.transformers.weights import find_weight, store_weight
+
+        for module, alpha in self.wanted().items():
             if self.applied[module] != alpha:
                 weight = find_weight(model, module)
-                weight.copy_(self.sidecar.correct(module, alpha, weight.device))
+                store_weight(model, module, self.sidecar.correct(module, alpha, weight.dtype, weight.device))
                 self.applied[module] = alpha
+
+    def in_chunks(self, chunks: Iterable[str] | None) -> set[str]:
+        """The corrected modules in these chunks of depth; None is all of them."""
+        if chunks is None:
+            return set(self.dial)
+        chosen = check_chunks(chunks)
+        return {module for module in self.dial if chunk_of(module, self.sidecar.base.layers) in chosen}
 
 
 def remember(model: nn.Module, correction: Correction) -> None:
     """Keep the correction of a model for as long as the model lives."""
     _CORRECTIONS[model] = correction
+
+
+def is_corrected(model: nn.Module) -> bool:
+    """Whether `correction_of` has an answer."""
+    return model in _CORRECTIONS
 
 
 def correction_of(model: nn.Module) -> Correction:
@@ -80,12 +103,10 @@ def set_alpha(model: nn.Module, alpha: float, *, layer_alphas: Mapping[str, floa
         CheckpointError: the files on disk were changed since the model was loaded.
     """
     correction = correction_of(model)
-    dial = module_alphas(
+    correction.dial = module_alphas(
         correction.sidecar.config, correction.sidecar.base.layers, alpha=alpha, layer_alphas=layer_alphas or {}
     )
-    released = {module for module, applied in correction.applied.items() if applied != correction.dial[module]}
-    correction.dial = dial
-    correction.apply(model, {module: 0.0 if module in released else value for module, value in dial.items()})
+    correction.update(model)
 
 
 def hydrate(model: nn.Module, *, chunks: Iterable[str] | None = None) -> None:
@@ -97,17 +118,12 @@ def hydrate(model: nn.Module, *, chunks: Iterable[str] | None = None) -> None:
         CheckpointError: the files on disk were changed since the model was loaded.
     """
     correction = correction_of(model)
-    correction.apply(model, {module: correction.dial[module] for module in _in_chunks(correction, chunks)})
+    correction.hydrated |= correction.in_chunks(chunks)
+    correction.update(model)
 
 
 def release(model: nn.Module, *, chunks: Iterable[str] | None = None) -> None:
     """Put chunks of depth back to plain W4, in place; None is every corrected module. Errors as `hydrate`."""
     correction = correction_of(model)
-    correction.apply(model, dict.fromkeys(_in_chunks(correction, chunks), 0.0))
-
-
-def _in_chunks(correction: Correction, chunks: Iterable[str] | None) -> list[str]:
-    if chunks is None:
-        return list(correction.dial)
-    chosen = check_chunks(chunks)
-    return [module for module in correction.dial if chunk_of(module, correction.sidecar.base.layers) in chosen]
+    correction.hydrated -= correction.in_chunks(chunks)
+    correction.update(model)

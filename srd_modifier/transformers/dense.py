@@ -10,7 +10,7 @@ from compressed_tensors.utils import get_direct_state_dict, replace_direct_state
 from torch import nn
 
 from srd_modifier.checkpoint.sidecar import Sidecar
-from srd_modifier.transformers.weights import find_module, find_weight
+from srd_modifier.transformers.weights import find_module, find_weight, store_weight
 
 _BASE_STATE = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
@@ -27,7 +27,8 @@ def make_dense(model: nn.Module, sidecar: Sidecar, alphas: dict[str, float]) -> 
     Returns:
         True if nothing quantized is left in the model.
     """
-    from_accelerate(model)  # weights that accelerate has offloaded can be replaced only after this
+    if any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules()):
+        from_accelerate(model)  # weights that accelerate has offloaded can be replaced only after this
     _correct(model, sidecar, alphas)
     return _dequantize_others(model)
 
@@ -39,11 +40,11 @@ def _correct(model: nn.Module, sidecar: Sidecar, alphas: dict[str, float]) -> No
         if module is None:
             # a stacked expert: Transformers has decompressed it to a slice of a dense parameter already
             weight = find_weight(model, name)
-            weight.copy_(sidecar.correct(name, alpha, weight.device))
+            store_weight(model, name, sidecar.correct(name, alpha, weight.dtype, weight.device))
             continue
         state = get_direct_state_dict(module)
         scale = state["weight_scale"]
-        weight = sidecar.correct(name, alpha, scale.device).to(scale.dtype)
+        weight = sidecar.correct(name, alpha, scale.dtype, scale.device)
         _make_plain_linear(module, {**_without_base(state), "weight": weight})
 
 
@@ -62,6 +63,7 @@ def _dequantize_others(model: nn.Module) -> bool:
 
 def _make_plain_linear(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
     replace_direct_state_dict(module, state)
+    module.requires_grad_(True)  # as the parameters of any dense model that Transformers loads
     for attribute in ("quantization_scheme", "quantization_status", "quantization_enabled"):
         if attribute in vars(module):
             delattr(module, attribute)

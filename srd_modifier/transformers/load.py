@@ -45,6 +45,5 @@ def load_corrected(
         "layer_alphas": None if layer_alphas is None else dict(layer_alphas),
         "chunks": None if chunks is None else list(check_chunks(chunks)),
     }
-    given = {**getattr(config, CONFIG_KEY), **{name: value for name, value in overrides.items() if value is not None}}
-    setattr(config, CONFIG_KEY, given)
+    setattr(config, CONFIG_KEY, {name: value for name, value in overrides.items() if value is not None})
     return AutoModelForCausalLM.from_pretrained(checkpoint, config=config, **kwargs)

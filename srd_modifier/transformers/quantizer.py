@@ -6,6 +6,7 @@ plus the residual, rounded once to the model's dtype. What comes out is an ordin
 the quantization left in it, so saving it again writes an honest dense checkpoint.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from srd_modifier.checkpoint.config import CONFIG_KEY, module_alphas, read_model_config
 from srd_modifier.checkpoint.sidecar import Sidecar
 from srd_modifier.errors import ConfigError
-from srd_modifier.transformers.correction import Correction, remember
+from srd_modifier.transformers.correction import Correction, correction_of, is_corrected, remember
 from srd_modifier.transformers.source import checkpoint_directory
 
 _OVERRIDES = ("alpha", "layer_alphas", "chunks")
@@ -24,44 +25,70 @@ _OVERRIDES = ("alpha", "layer_alphas", "chunks")
 class SRDQuantizer(CompressedTensorsHfQuantizer):
     """Transformers' compressed-tensors quantizer, which also adds the residual of a checkpoint that has one."""
 
-    _sidecar: Sidecar | None = None
-    _alphas: dict[str, float]
-    _chunks: list[str] | None = None
-
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         super()._process_model_before_weight_loading(model, **kwargs)
         files, given = kwargs.get("checkpoint_files"), getattr(model.config, CONFIG_KEY, None)
-        if not files or not given:
+        if not files or given is None:
             return
         # everything that can be wrong with the sidecar is found before the weights are read
         directory = checkpoint_directory(files[0])
         overrides = _overrides(directory, given)
-        self._sidecar = Sidecar.open(directory)
-        self._chunks = overrides.pop("chunks", None)
-        self._alphas = module_alphas(self._sidecar.config, self._sidecar.base.layers, **overrides)
+        chunks = overrides.pop("chunks", None)
+        sidecar = Sidecar.open(directory)
+        correction = Correction(
+            sidecar, dial=module_alphas(sidecar.config, sidecar.base.layers, **overrides), hydrated=set()
+        )
+        correction.hydrated = correction.in_chunks(chunks)
+        # with the model and not here: Transformers copies its quantizers, and mapped files cannot be copied
+        remember(model, correction)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        if self._sidecar is None:
+        if not is_corrected(model):
             super()._process_model_after_weight_loading(model, **kwargs)
             return
         # here, because every import of Transformers would otherwise import compressed-tensors
         from srd_modifier.transformers.dense import make_dense
 
-        layers = self._sidecar.base.layers
-        active = module_alphas(self._sidecar.config, layers, chunks=self._chunks, alpha=1.0)
-        applied = {module: alpha if active[module] else 0.0 for module, alpha in self._alphas.items()}
-        plain = make_dense(model, self._sidecar, applied)
+        correction = correction_of(model)
+        correction.applied = correction.wanted()
+        plain = make_dense(model, correction.sidecar, correction.applied)
         self.compressor.remove_decompression_hook(model)
         if plain and hasattr(model.config, "quantization_config"):
             self.remove_quantization_config(model)
+            _forget_decompression(model)
         delattr(model.config, CONFIG_KEY)
-        remember(model, Correction(self._sidecar, self._alphas, applied))
 
 
-def _overrides(directory: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the user passed as `from_pretrained(..., srd_config={...})`."""
-    stored = read_model_config(directory).get(CONFIG_KEY, {})
-    overrides = {name: value for name, value in given.items() if name not in stored or stored[name] != value}
+def _forget_decompression(model: nn.Module) -> None:
+    """Let saving undo the stacking of experts only: it reverses what loading did, and cannot reverse unpacking."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    plain = {
+        tuple(conversion.target_patterns): conversion
+        for conversion in get_model_conversion_mapping(model)
+        if isinstance(conversion, WeightConverter)
+    }
+    loaded: Any = getattr(model, "_weight_conversions", None) or []
+    conversions = [
+        plain.get(tuple(conversion.target_patterns), conversion)
+        if isinstance(conversion, WeightConverter)
+        else conversion
+        for conversion in loaded
+    ]
+    if conversions:
+        vars(model)["_weight_conversions"] = conversions
+
+
+def _overrides(directory: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the user passed as `from_pretrained(..., srd_config={...})`.
+
+    Without any, `given` is the srd_config of the checkpoint, which has a version.
+    """
+    overrides = dict(given)
+    if "version" in given:
+        stored = read_model_config(directory).get(CONFIG_KEY, {})
+        overrides = {name: value for name, value in given.items() if name not in stored or stored[name] != value}
     for name in overrides:
         if name not in _OVERRIDES:
             raise ConfigError(f"srd_config.{name} cannot be set when loading, only {', '.join(_OVERRIDES)}")

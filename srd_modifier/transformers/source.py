@@ -29,7 +29,7 @@ def checkpoint_directory(checkpoint_file: str | Path) -> Path:
     except Exception as error:  # the hub's client has no common base for what may go wrong on the way
         raise CheckpointError(
             f"the residual of {repository} at {revision} could not be fetched ({type(error).__name__}: {error}); "
-            f"download it with `hf download {repository} --include '{_SIDECAR_FILES}'`, or load plain W4 with alpha=0"
+            f"download it with `hf download {repository} --include '{_SIDECAR_FILES}'`"
         ) from error
     return directory
 

@@ -1,12 +1,15 @@
 """Where a checkpoint's module lives in a model."""
 
+from collections.abc import Callable
+
+from compressed_tensors.offload import OffloadCache, update_offload_parameter
 from torch import Tensor, nn
 
 from srd_modifier.errors import CheckpointError
 
 
 def find_weight(model: nn.Module, name: str) -> Tensor:
-    """The weight `[out, in]` of the module that a checkpoint calls `name`, as a view that can be written to.
+    """The weight `[out, in]` of the module that a checkpoint calls `name`; write to it with `store_weight`.
 
     A model without its head has names without the prefix (`layers.0...` for `model.layers.0...`), and Transformers
     stacks the experts of a mixture into one parameter: `gate_up_proj` `[experts, 2 * intermediate, hidden]` and
@@ -15,13 +18,27 @@ def find_weight(model: nn.Module, name: str) -> Tensor:
     Raises:
         CheckpointError: the model has no such module.
     """
+    module, parameter, part = _locate(model, name)
+    return part(getattr(module, parameter))
+
+
+def store_weight(model: nn.Module, name: str, value: Tensor) -> None:
+    """Copy `value` into the weight that `find_weight` finds, wherever its module keeps it (errors are the same)."""
+    module, parameter, part = _locate(model, name)
+    whole = getattr(module, parameter)
+    part(whole).copy_(value)
+    if isinstance(module._parameters, OffloadCache):
+        update_offload_parameter(module, parameter, whole)  # what was written to may be a copy
+
+
+def _locate(model: nn.Module, name: str) -> tuple[nn.Module, str, Callable[[Tensor], Tensor]]:
+    """The module that holds a weight, the name of the parameter, and how to get the weight out of it."""
     prefix = getattr(model, "base_model_prefix", "")
     for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
         module = _submodule(model, candidate)
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor):
-            return weight
-        expert = _expert_view(model, candidate)
+        if module is not None and isinstance(getattr(module, "weight", None), Tensor):
+            return module, "weight", lambda weight: weight
+        expert = _locate_expert(model, candidate)
         if expert is not None:
             return expert
     raise CheckpointError(f"the checkpoint has a residual for {name}, which {type(model).__name__} does not have")
@@ -41,21 +58,15 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _expert_view(model: nn.Module, name: str) -> Tensor | None:
+def _locate_expert(model: nn.Module, name: str) -> tuple[nn.Module, str, Callable[[Tensor], Tensor]] | None:
     parts = name.rsplit(".", 2)
     if len(parts) != 3 or not parts[1].isdigit():
         return None
     container, expert, projection = _submodule(model, parts[0]), int(parts[1]), parts[2]
-    if container is None:
+    stacked = {"down_proj": "down_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}.get(projection, "")
+    parameter = getattr(container, stacked, None)
+    if container is None or not isinstance(parameter, Tensor):
         return None
-    stacked_name = {"down_proj": "down_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}.get(
-        projection, ""
-    )
-    parameter = getattr(container, stacked_name, None)
-    if not isinstance(parameter, Tensor):
-        return None
-    stacked = parameter[expert]
-    if projection != "down_proj":
-        half = len(stacked) // 2
-        return stacked[:half] if projection == "gate_proj" else stacked[half:]
-    return stacked
+    half = parameter.shape[1] // 2
+    rows = {"gate_proj": slice(half), "up_proj": slice(half, None)}.get(projection, slice(None))
+    return container, stacked, lambda whole: whole[expert][rows]

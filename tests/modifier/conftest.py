@@ -1,0 +1,185 @@
+"""What the quantizer alone saves, checkpoints read by hand, and forwards that must not happen."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llmcompressor import oneshot
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from loguru import logger
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from srd_modifier import SRDModifier
+
+GROUP = 32  # columns per scale of the residuals in these tests, all of 8 bits
+
+
+def _read(directory: Path) -> dict[str, Tensor]:
+    return {
+        name: tensor for path in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(path).items()
+    }
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """The eight 4-bit values of every int32, lowest bits first: int64 `[rows, 8 * words]`."""
+    shifts = torch.arange(0, 32, 4)
+    return ((packed.long().unsqueeze(-1) >> shifts) & 15).flatten(1)
+
+
+def _base_weights(directory: Path) -> dict[str, Tensor]:
+    """The W4 weight of every packed module in float64, from the definition of `pack-quantized`."""
+    tensors = _read(directory)
+    weights = {}
+    for name in [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]:
+        out_features, in_features = tensors[f"{name}.weight_shape"].tolist()
+        scale = tensors[f"{name}.weight_scale"].double()
+        columns = in_features // scale.shape[1]
+        codes = _nibbles(tensors[f"{name}.weight_packed"])[:, :in_features] - 8
+        if f"{name}.weight_zero_point" in tensors:
+            zeros = _nibbles(tensors[f"{name}.weight_zero_point"].t())[:, :out_features].t() - 8
+            codes = codes - zeros.repeat_interleave(columns, dim=1)
+        weights[name] = codes * scale.repeat_interleave(columns, dim=1)
+    return weights
+
+
+def _residuals(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Residual and scale of every entry in float64, of a sidecar of dense 8-bit residuals with groups of GROUP."""
+    tensors = _read(directory / "srd")
+    return {
+        name: (tensors[f"{name}.weight_d8"] * scale, scale)
+        for name in [name.removesuffix(".weight_d8") for name in tensors if name.endswith(".weight_d8")]
+        for scale in [tensors[f"{name}.weight_d8_scale"].double().repeat_interleave(GROUP, dim=1)]
+    }
+
+
+def _bytes(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def read() -> Callable[[Path], dict[str, Tensor]]:
+    """Every tensor in the root of a model directory."""
+    return _read
+
+
+@pytest.fixture(scope="session")
+def base_weights() -> Callable[[Path], dict[str, Tensor]]:
+    return _base_weights
+
+
+@pytest.fixture(scope="session")
+def directory_bytes() -> Callable[[Path], dict[str, bytes]]:
+    """The bytes of every file below a directory, by relative path."""
+    return _bytes
+
+
+@pytest.fixture(scope="session")
+def original(random_llama: Path) -> dict[str, Tensor]:
+    return _read(random_llama)
+
+
+@pytest.fixture(scope="session")
+def assert_within_half_a_step() -> Callable[..., None]:
+    """Every residual of a checkpoint decodes to `weights - W4`, no entry further off than half a step."""
+
+    def check(directory: Path, weights: dict[str, Tensor], *, modules: int = 42) -> None:
+        base, residuals = _base_weights(directory), _residuals(directory)
+        assert len(residuals) == modules
+        for name, (residual, scale) in residuals.items():
+            weight = weights[f"{name}.weight"].double()
+            error = (weight - base[name] - residual).abs()
+            assert bool((error <= scale / 2 + 1e-7 * weight.abs()).all()), name
+            assert bool(residual.any()), f"{name}: nothing but zeros"
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def make_recipe(group_scheme: Callable[..., dict[str, Any]]) -> Callable[..., list[Modifier]]:
+    """A recipe with fresh modifiers: SRDModifier and `kind`, or `kind` alone."""
+
+    def make(
+        kind: str, scheme: dict[str, Any] | None = None, *, alone: bool = False, **settings: Any
+    ) -> list[Modifier]:
+        scheme = group_scheme(32) if scheme is None else scheme
+        quantizers = {"itself": QuantizationModifier, "round-to-nearest": QuantizationModifier, "gptq": GPTQModifier}
+        quantizer = quantizers[kind](config_groups=scheme, ignore=["lm_head"])
+        if alone:
+            return [quantizer]
+        settings = {"ignore": ["lm_head"], "residual_group_size": GROUP, **settings}
+        if kind == "itself":
+            return [SRDModifier(config_groups=scheme, **settings)]
+        return [SRDModifier(**settings), quantizer]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def quantize(quantize: Callable[..., Path]) -> Callable[..., Path]:
+    """The shared fixture, with the samples in their own order: sums depend on it in their last bits."""
+    return partial(quantize, shuffle_calibration_samples=False)
+
+
+@pytest.fixture(scope="session")
+def quantized_model(random_llama: Path, calibration: Any) -> Callable[..., Any]:
+    """Run `oneshot` and return the model, saved nowhere."""
+
+    def run(recipe: Any, *, model: Path = random_llama, data: bool = True, **kwargs: Any) -> Any:
+        if data:
+            kwargs |= {"dataset": calibration, "num_calibration_samples": 8, "max_seq_length": 64}
+            kwargs |= {"shuffle_calibration_samples": False}
+        return oneshot(model=str(model), recipe=recipe, **kwargs)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def mean_squares(random_llama: Path, calibration: Any) -> dict[str, Tensor]:
+    """Mean squared input of every Linear of the original model over the calibration text."""
+    model = AutoModelForCausalLM.from_pretrained(random_llama, attn_implementation="eager")  # as in calibration
+    inputs: dict[str, list[Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(
+                lambda _, args, __, name=name: inputs.setdefault(name, []).append(args[0].double().flatten(0, 1))
+            )
+    with torch.no_grad():
+        for row in calibration["input_ids"]:
+            model(input_ids=torch.tensor([row]))
+    return {name: torch.cat(rows).square().mean(0) for name, rows in inputs.items()}
+
+
+@pytest.fixture(scope="session")
+def first_layer_importance(mean_squares: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the first layer only: no quantized layer stands before it."""
+    return {name: value.float() for name, value in mean_squares.items() if name.startswith("model.layers.0.")}
+
+
+@pytest.fixture
+def forwards() -> Iterator[list[str]]:
+    """Grows by one entry with every forward of a Linear."""
+    seen: list[str] = []
+
+    def record(module: nn.Module, _: Any) -> None:
+        if isinstance(module, nn.Linear):
+            seen.append(type(module).__name__)
+
+    handle = nn.modules.module.register_module_forward_pre_hook(record)
+    yield seen
+    handle.remove()
+
+
+@pytest.fixture
+def log() -> Iterator[list[str]]:
+    """What llm-compressor's logger says, a message per entry."""
+    messages: list[str] = []
+    sink = logger.add(lambda message: messages.append(message.record["message"]), level="INFO")
+    yield messages
+    logger.remove(sink)

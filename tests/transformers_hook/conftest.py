@@ -1,0 +1,299 @@
+"""Checkpoints of several shapes, what their weights must be, and what Transformers makes of them without the plugin."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+GROUP = 32  # columns per scale of the residuals in these tests, all of 8 bits
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+# run without `import srd_modifier`: what anybody else gets from the same directories
+PLAIN = """
+import json, sys
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+torch.set_num_threads(1)
+for directory, dtype, output in json.loads(sys.argv[1]):
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(32)[None]).logits
+    tensors = {name: tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
+    save_file({**tensors, "logits": logits}, output)
+print(sorted(name for name in sys.modules if name.startswith("srd_modifier")))
+"""
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """The eight 4-bit values of every int32, lowest bits first: int64 `[rows, 8 * words]`."""
+    shifts = torch.arange(0, 32, 4)
+    return ((packed.long().unsqueeze(-1) >> shifts) & 15).flatten(1)
+
+
+@dataclass(frozen=True)
+class ByHand:
+    """The modules of a checkpoint in float64, computed from the definition of the formats."""
+
+    base: dict[str, Tensor]
+    residual: dict[str, Tensor]
+
+    def weights(self, alphas: Mapping[str, float] | float = 1.0) -> dict[str, Tensor]:
+        """`W4 + alpha * residual` of every quantized module; modules that `alphas` does not name are plain W4."""
+        of = (lambda _: alphas) if isinstance(alphas, float | int) else (lambda name: alphas.get(name, 0.0))
+        return {
+            name: base + of(name) * self.residual[name] if name in self.residual else base
+            for name, base in self.base.items()
+        }
+
+
+@pytest.fixture(scope="session")
+def by_hand() -> Callable[[Path], ByHand]:
+    def read(directory: Path) -> ByHand:
+        tensors = {k: v for path in directory.glob("*.safetensors") for k, v in load_file(path).items()}
+        stored = {
+            k: v for path in (directory / "srd").glob("residual*.safetensors") for k, v in load_file(path).items()
+        }
+        base = {}
+        for name in [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]:
+            out_features, in_features = tensors[f"{name}.weight_shape"].tolist()
+            scale = tensors[f"{name}.weight_scale"].double()
+            columns = in_features // scale.shape[1]
+            codes = _nibbles(tensors[f"{name}.weight_packed"])[:, :in_features] - 8
+            if f"{name}.weight_zero_point" in tensors:
+                zeros = _nibbles(tensors[f"{name}.weight_zero_point"].t())[:, :out_features].t() - 8
+                codes = codes - zeros.repeat_interleave(columns, dim=1)
+            base[name] = codes * scale.repeat_interleave(columns, dim=1)
+        residual = {
+            name: stored[f"{name}.weight_d8"] * scale.double().repeat_interleave(GROUP, dim=1)
+            for name, scale in ((k.removesuffix(".weight_d8_scale"), v) for k, v in stored.items())
+            if f"{name}.weight_d8_scale" in stored
+        }
+        return ByHand(base, residual)
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def assert_weights() -> Callable[..., None]:
+    """Every weight of a model is the expected one rounded once to the model's dtype."""
+
+    def check(model: nn.Module, expected: Mapping[str, Tensor]) -> None:
+        found = dict(model.named_parameters())
+        for name, weight in expected.items():
+            parameter = found[f"{name}.weight" if f"{name}.weight" in found else name]
+            kind = torch.finfo(parameter.dtype)
+            # half a unit in the last place, and in float32 the rounding of the sum before
+            tolerance = (0.5 * kind.eps + 3 * torch.finfo(torch.float32).eps) * weight.abs()
+            tolerance += kind.smallest_normal * kind.eps + 1e-8
+            assert bool(((parameter.double() - weight).abs() <= tolerance).all()), name
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def logits() -> Callable[[nn.Module], Tensor]:
+    def run(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return model(input_ids=torch.arange(32)[None]).logits
+
+    return run
+
+
+# --- checkpoints
+
+
+@pytest.fixture(scope="session")
+def partial_checkpoint(quantize, group_scheme, tmp_path_factory) -> Path:
+    """Asymmetric, the head quantized too, some modules corrected, and alphas of its own."""
+    from srd_modifier import SRDModifier
+
+    recipe = SRDModifier(
+        config_groups=group_scheme(64, symmetric=False),
+        residual_group_size=GROUP,
+        correct={"targets": ["re:.*mlp", "re:.*layers.4"]},
+        alpha=0.5,
+        layer_alphas={"re:.*up_proj": 0.25, "model.layers.5.mlp.down_proj": 0.0},
+    )
+    return quantize(recipe, tmp_path_factory.mktemp("partial") / "model")
+
+
+@pytest.fixture(scope="session")
+def partial_alphas(partial_checkpoint) -> dict[str, float]:
+    """The alphas that `partial_checkpoint` carries, by module."""
+    modules = json.loads((partial_checkpoint / "config.json").read_text())["srd_config"]["modules"]
+    special = {"model.layers.5.mlp.down_proj": 0.0}
+    return {name: special.get(name, 0.25 if name.endswith("up_proj") else 0.5) for name in modules}
+
+
+@pytest.fixture(scope="session")
+def tied_checkpoint(quantize, tiny_llama, group_scheme, tmp_path_factory) -> Path:
+    """tiny-llama, whose head is its embedding."""
+    from srd_modifier import SRDModifier
+
+    recipe = SRDModifier(config_groups=group_scheme(64), ignore=["lm_head"], residual_group_size=GROUP)
+    return quantize(recipe, tmp_path_factory.mktemp("tied") / "model", model=tiny_llama)
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(quantize, random_llama, group_scheme, tmp_path_factory) -> Path:
+    """With rows of weights so small that their scales are among float16's subnormal numbers."""
+    import shutil
+
+    from safetensors.torch import save_file
+
+    from srd_modifier import SRDModifier
+
+    model = Path(shutil.copytree(random_llama, tmp_path_factory.mktemp("small") / "original"))
+    tensors = load_file(model / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "_proj" in name:
+            tensor[::3] *= 1e-3
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    recipe = SRDModifier(config_groups=group_scheme(32), ignore=["lm_head"], residual_group_size=GROUP)
+    return quantize(recipe, model.with_name("model"), model=model)
+
+
+@pytest.fixture(scope="session")
+def float32_checkpoint(quantize, tiny_llama, group_scheme, tmp_path_factory) -> Path:
+    """Of a float32 model with biases: its scales have more digits than the 16-bit types it may be loaded in."""
+    import shutil
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from srd_modifier import SRDModifier
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=4096,
+        max_position_embeddings=256,
+        attention_bias=True,
+        mlp_bias=True,
+    )
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    directory = tmp_path_factory.mktemp("float32") / "original"
+    model.save_pretrained(directory)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_llama / file, directory)
+    recipe = SRDModifier(
+        config_groups=group_scheme(32), ignore=["lm_head"], residual_group_size=GROUP, scale_dtype="float32"
+    )
+    return quantize(recipe, directory.with_name("model"), model=directory)
+
+
+@pytest.fixture(scope="session")
+def mixture_checkpoint(quantize, tiny_llama, group_scheme, tmp_path_factory) -> Path:
+    """A Qwen3 mixture of experts: two layers of four experts, random weights."""
+    import shutil
+
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from srd_modifier import SRDModifier
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        hidden_size=64,
+        moe_intermediate_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=4096,
+        num_experts=4,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+    )
+    model = tmp_path_factory.mktemp("mixture") / "original"
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(model)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_llama / file, model)
+    ignore = ["lm_head", "re:.*mlp.gate$"]
+    recipe = SRDModifier(config_groups=group_scheme(32), ignore=ignore, residual_group_size=GROUP)
+    return quantize(recipe, model.with_name("model"), model=model)
+
+
+# --- without the plugin
+
+
+@dataclass(frozen=True)
+class PlainLoads:
+    """What Transformers alone makes of the checkpoints: tensors and logits by name and dtype, and what it says."""
+
+    tensors: dict[tuple[str, str], dict[str, Tensor]]
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def resaved(finished_checkpoint, tmp_path_factory) -> Path:
+    """The corrected model, saved again by Transformers."""
+    from transformers import AutoModelForCausalLM
+
+    import srd_modifier  # noqa: F401 - registers the hook
+
+    directory = tmp_path_factory.mktemp("resaved") / "model"
+    AutoModelForCausalLM.from_pretrained(finished_checkpoint).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def plain(
+    finished_checkpoint,
+    partial_checkpoint,
+    tied_checkpoint,
+    small_checkpoint,
+    float32_checkpoint,
+    mixture_checkpoint,
+    resaved,
+    tmp_path_factory,
+) -> PlainLoads:
+    directories = {
+        "finished": finished_checkpoint,
+        "partial": partial_checkpoint,
+        "tied": tied_checkpoint,
+        "small": small_checkpoint,
+        "float32": float32_checkpoint,
+        "mixture": mixture_checkpoint,
+        "resaved": resaved,
+    }
+    output = tmp_path_factory.mktemp("plain")
+    jobs = [
+        (name, dtype)
+        for name in directories
+        for dtype in (["bfloat16"] if name in ("tied", "mixture", "resaved") else DTYPES)
+    ]
+    arguments = [(str(directories[name]), dtype, str(output / f"{name}-{dtype}")) for name, dtype in jobs]
+    result = subprocess.run(
+        [sys.executable, "-W", "always", "-c", PLAIN, json.dumps(arguments)],
+        capture_output=True,
+        text=True,
+        cwd=output,
+        env={**os.environ, "TQDM_DISABLE": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    tensors: dict[Any, Any] = {(name, dtype): load_file(output / f"{name}-{dtype}") for name, dtype in jobs}
+    stderr = result.stderr
+    for directory in directories.values():
+        stderr = stderr.replace(str(directory), "DIR")
+    return PlainLoads(tensors, result.stdout, stderr)

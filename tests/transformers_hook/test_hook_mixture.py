@@ -1,0 +1,109 @@
+"""Experts: a Linear each in the checkpoint, slices of two stacked parameters in the model."""
+
+import re
+
+import pytest
+import torch
+from llmcompressor.modifiers.gptq import GPTQModifier
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from srd_modifier import SRDModifier, hydrate, load_corrected, release, set_alpha
+
+
+def stacked(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights by the names of the model's parameters: gate above up, one expert after another."""
+    dense = {name: weight for name, weight in weights.items() if ".experts." not in name}
+    for layer in sorted({name.split(".experts.")[0] for name in weights if ".experts." in name}):
+        experts = range(len([name for name in weights if name.startswith(f"{layer}.") and "down_proj" in name]))
+        prefix = f"{layer}.experts"
+        both = [torch.cat([weights[f"{prefix}.{e}.gate_proj"], weights[f"{prefix}.{e}.up_proj"]]) for e in experts]
+        dense[f"{prefix}.gate_up_proj"] = torch.stack(both)
+        dense[f"{prefix}.down_proj"] = torch.stack([weights[f"{prefix}.{e}.down_proj"] for e in experts])
+    return dense
+
+
+@pytest.fixture(scope="module")
+def weights(mixture_checkpoint, by_hand):
+    return by_hand(mixture_checkpoint)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_expert_is_corrected(dtype, mixture_checkpoint, weights, assert_weights):
+    model = AutoModelForCausalLM.from_pretrained(mixture_checkpoint, dtype=dtype)
+    assert len(weights.residual) == 2 * (4 + 4 * 3)
+    expected = stacked(weights.weights())
+    assert expected["model.layers.0.mlp.experts.gate_up_proj"].shape == (4, 128, 64)
+    assert_weights(model, expected)
+
+
+def test_alpha_zero_is_the_plain_model_bit_for_bit(mixture_checkpoint, plain, logits):
+    model = load_corrected(mixture_checkpoint, alpha=0)
+    expected = plain.tensors["mixture", "bfloat16"]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    assert torch.equal(logits(model), expected["logits"])
+
+
+def test_the_dial_and_the_chunks_reach_the_experts(mixture_checkpoint, weights, assert_weights):
+    model = AutoModelForCausalLM.from_pretrained(mixture_checkpoint)
+    before = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
+    layer_alphas = {"re:.*experts.2.": 0.25}
+    set_alpha(model, 0.5, layer_alphas=layer_alphas)
+    alphas = {name: 0.25 if ".experts.2." in name else 0.5 for name in weights.residual}
+    assert_weights(model, stacked(weights.weights(alphas)))
+    release(model, chunks=["early"])  # of two layers the first
+    kept = {name: alpha for name, alpha in alphas.items() if re.match(r"model\.layers\.1\.", name)}
+    assert_weights(model, stacked(weights.weights(kept)))
+    hydrate(model)
+    assert_weights(model, stacked(weights.weights(alphas)))
+    assert {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()} == before
+
+
+def test_one_expert_of_four(quantize, group_scheme, mixture_checkpoint, by_hand, assert_weights, tmp_path):
+    recipe = SRDModifier(
+        config_groups=group_scheme(32),
+        ignore=["lm_head", "re:.*mlp.gate$"],
+        residual_group_size=32,
+        correct={"targets": ["re:.*layers.1.mlp.experts.3."]},
+    )
+    directory = quantize(recipe, tmp_path / "model", model=mixture_checkpoint.with_name("original"))
+    weights = by_hand(directory)
+    assert sorted(weights.residual) == [
+        f"model.layers.1.mlp.experts.3.{projection}_proj" for projection in ("down", "gate", "up")
+    ]
+    assert_weights(AutoModelForCausalLM.from_pretrained(directory), stacked(weights.weights()))
+
+
+def test_a_saved_copy_is_dense(mixture_checkpoint, logits, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(mixture_checkpoint)
+    model.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / "srd").exists()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again), logits(model))
+    original = load_file(mixture_checkpoint.with_name("original") / "model.safetensors")
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == original.keys()
+
+
+def test_the_correction_is_towards_the_original(mixture_checkpoint, plain, logits):
+    original = logits(AutoModelForCausalLM.from_pretrained(mixture_checkpoint.with_name("original"))).float()
+    corrected = logits(AutoModelForCausalLM.from_pretrained(mixture_checkpoint)).float()
+    w4 = plain.tensors["mixture", "bfloat16"]["logits"].float()
+    assert (corrected - original).norm() < 0.2 * (w4 - original).norm()
+
+
+def test_gptq_of_experts(quantize, group_scheme, mixture_checkpoint, by_hand, assert_weights, tmp_path):
+    ignore = ["lm_head", "re:.*mlp.gate$"]
+    gptq = GPTQModifier(config_groups=group_scheme(32), ignore=ignore)
+    recipe = [SRDModifier(ignore=ignore, residual_group_size=32), gptq]
+    original = mixture_checkpoint.with_name("original")
+    directory = quantize(recipe, tmp_path / "model", model=original, data=True)
+    weights = by_hand(directory)
+    tensors = load_file(original / "model.safetensors")
+    for name, weight in weights.weights().items():
+        lost = (tensors[f"{name}.weight"] - weights.base[name]).abs().max()
+        assert (tensors[f"{name}.weight"] - weight).abs().max() < 0.01 * lost, name
+    assert_weights(AutoModelForCausalLM.from_pretrained(directory), stacked(weights.weights()))
+    importance = load_file(directory / "srd" / "importance.safetensors")
+    assert importance.keys() == {f"{name}.importance" for name in weights.residual}
