@@ -2,7 +2,8 @@
 
 Everything is written under a temporary name beside the target (inside it where it is a mount point), flushed to the
 disk, and renamed. A kill at any point leaves the target as it was, or without config.json, or for a moment of an
-overwrite with nothing at its name; what stays behind has a name that ends in `.partial`.
+overwrite with nothing at its name; what stays behind has a name that ends in `.partial`, or begins with
+`.srd-residual-` if residuals were waiting to be saved.
 """
 
 import json
@@ -10,6 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -118,11 +120,10 @@ def link_or_copy(source: Path, destination: Path) -> None:
 
 
 def flush_tree(directory: Path) -> None:
-    """Flush every file and directory below `directory` to the disk."""
-    for folder, _, files in os.walk(directory):
-        for name in files:
-            _flush(Path(folder, name))
-        _flush(Path(folder))
+    """Flush every file and directory below `directory` to the disk, together: a journal commits them at once."""
+    paths = [path for path in directory.rglob("*") if not path.is_symlink()]
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        list(pool.map(_flush, [*paths, directory]))
 
 
 def sibling(target: Path) -> Path:

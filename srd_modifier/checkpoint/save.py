@@ -1,12 +1,14 @@
 """Base and sidecar bound together in one directory."""
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from srd_modifier.checkpoint.atomic import link_or_copy, write_json
+from srd_modifier.checkpoint.atomic import link_or_copy
 from srd_modifier.checkpoint.base import BaseCheckpoint
 from srd_modifier.checkpoint.config import (
     CONFIG_KEY,
@@ -63,7 +65,7 @@ def attach_sidecar(
             # binds the sidecar to the base, as srd_config binds the base to the model
             index = read_json(file)
             index["metadata"]["base_digest"] = base_digest
-            write_json(folder / file.name, index)
+            _write_json(folder / file.name, index)
         else:
             link_or_copy(file, folder / file.name)
     if importance:
@@ -78,5 +80,10 @@ def attach_sidecar(
     )
     model_config = read_model_config(directory)
     model_config[CONFIG_KEY] = config.to_dict()
-    write_json(directory / "config.json", model_config)
+    _write_json(directory / "config.json", model_config)
     return config
+
+
+def _write_json(path: Path, value: Any) -> None:
+    # not atomic and not flushed: the directory is not in its place yet
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srd_modifier.checkpoint.atomic import write_json
 from srd_modifier.checkpoint.config import VERSION
 from srd_modifier.checkpoint.shards import DTYPE_NAMES
 from srd_modifier.errors import CheckpointError
@@ -102,7 +101,7 @@ class SidecarWriter:
         }
 
     def finish(self, default: ResidualFormat) -> None:
-        """Write headers and index, and flush everything to the disk; what is finished already stays as it is.
+        """Write headers and index; what is finished already stays as it is. Flushing is for who moves the files.
 
         Args:
             default: the format in srd_config; the index records the modules that differ from it.
@@ -113,7 +112,8 @@ class SidecarWriter:
             )
         for file in self._files:
             file.finish(self._digests)
-        write_json(self.directory / INDEX_NAME, self._index(default))
+        index = json.dumps(self._index(default), indent=2)
+        (self.directory / INDEX_NAME).write_text(index, encoding="utf-8")
 
     def close(self) -> None:
         """Give the files back; harmless when done twice."""
@@ -195,10 +195,6 @@ class _ShardFile:
         header = self._header(digests)
         assert len(header) == self._data_start
         self._write_all(memoryview(header), 0)
-        try:
-            os.fsync(self._open_descriptor())
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self.path}: {error.strerror or error}") from error
         self.close()
         self._finished = True
 

@@ -33,9 +33,9 @@ def install_save(model: nn.Module, capture: ResidualCapture) -> None:
                 "save_pretrained(push_to_hub=True) would upload the model without its sidecar; save to a directory, "
                 "then upload that with `hf upload`"
             )
-        target = Path(save_directory)
-        target.absolute().parent.mkdir(parents=True, exist_ok=True)
-        capture.compress_remaining(target.absolute().parent)
+        target = Path(save_directory).resolve()  # a link leads to the disk that the residual belongs on, too
+        target.parent.mkdir(parents=True, exist_ok=True)
+        capture.compress_remaining(target.parent)
         with merge_directory(target) as staging:
             result = inner(str(staging), quantization_format, save_compressed, **kwargs)
             attach_sidecar(

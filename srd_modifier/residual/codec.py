@@ -159,7 +159,8 @@ def _row_blocks(out_features: int, in_features: int) -> Iterator[slice]:
 def _grouped(matrix: Tensor, fmt: ResidualFormat) -> Tensor:
     """`[rows, in]` as `[rows, groups, columns]`, the last group padded with zeros."""
     columns = fmt.columns_per_group(matrix.shape[1])
-    return pad(matrix, (0, -matrix.shape[1] % columns)).reshape(len(matrix), -1, columns)
+    missing = -matrix.shape[1] % columns
+    return (pad(matrix, (0, missing)) if missing else matrix).reshape(len(matrix), -1, columns)
 
 
 def _code_range(bits: int) -> tuple[int, int]:
