@@ -80,6 +80,7 @@ class SRDModifier(QuantizationModifier):
     spool_dir: str | None = Field(None, exclude=True)
 
     _capture: ResidualCapture | None = PrivateAttr(None)
+    _quantizing: bool = PrivateAttr(False)
     _names: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
     _undo: list[Callable[[], None]] = PrivateAttr(default_factory=list)
 
@@ -180,17 +181,19 @@ class SRDModifier(QuantizationModifier):
         if _overwrites_weights(quantizer):
             self._capture.reserve(Path(self.spool_dir) if self.spool_dir else None)
         for module, name in self._names.items():
-            self.register_hook(module, partial(_add_inputs, self._capture, name), "forward_pre")
+            self.register_hook(module, partial(self._add_inputs, name), "forward_pre")
 
     def before_quantizing(self, quantizer: Modifier, modules: Sequence[nn.Module]) -> None:
         """Keep the originals of a layer that is about to be overwritten."""
         assert self._capture is not None
+        self._quantizing = True
         if _overwrites_weights(quantizer):
             self._capture.keep_originals(module for module in modules if module in self._names)
 
     def after_quantizing(self, quantizer: Modifier, modules: Sequence[nn.Module]) -> None:
         """Encode what the quantizer lost in that layer."""
         assert self._capture is not None
+        self._quantizing = False
         for module in modules:
             if module in self._names:
                 check_scale(self._names[module], module)
@@ -199,6 +202,11 @@ class SRDModifier(QuantizationModifier):
     def calibration_ends(self, quantizer: Modifier) -> None:
         """Stop summing inputs."""
         self.remove_hooks()
+
+    def _add_inputs(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        # AutoRound runs forwards of its own while it quantizes, most of them with weights that are rounded already
+        if self._capture is not None and not self._quantizing:
+            self._capture.add_inputs(name, inputs[0])
 
     def _may_correct(self) -> list[str]:
         return sorted(self.resolved_targets) if self.quantizes_itself else list(self.targets)
@@ -212,7 +220,3 @@ class SRDModifier(QuantizationModifier):
 def _overwrites_weights(quantizer: Modifier) -> bool:
     """Round-to-nearest only sets scales; every other quantizer is taken to change the weights."""
     return type(quantizer) not in (QuantizationModifier, SRDModifier)
-
-
-def _add_inputs(capture: ResidualCapture, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    capture.add_inputs(name, inputs[0])
