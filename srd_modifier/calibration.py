@@ -6,6 +6,7 @@ the distribution the model was trained on better than a text of another kind wou
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,7 @@ def from_file(path: Path, tokenizer: Any, *, num_samples: int, max_seq_length: i
     if not path.is_file():
         raise SRDError(f"{path}: there is no such file to calibrate on")
     if path.suffix in (".json", ".jsonl"):
-        texts = list(_record_texts(path, tokenizer))
-        samples = [tokenizer(text)["input_ids"][:max_seq_length] for text in texts]
+        samples = [ids[:max_seq_length] for ids in _record_ids(path, tokenizer)]
     else:
         ids = tokenizer(_read_text(path), verbose=False)["input_ids"]
         samples = [ids[start : start + max_seq_length] for start in range(0, len(ids), max_seq_length)]
@@ -69,23 +69,34 @@ def from_model(model: Any, tokenizer: Any, *, num_samples: int, max_seq_length: 
         raise SRDError("the tokenizer has neither a BOS nor an EOS token to start from; give --dataset a text file")
     length = min(max_seq_length, getattr(model.config.get_text_config(), "max_position_embeddings", max_seq_length))
     samples: list[list[int]] = []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _sampling_plainly(model, length=length, pad_token_id=first):
         torch.manual_seed(seed)
         while len(samples) < num_samples:
             start = torch.full((min(_SELF_BATCH, num_samples - len(samples)), 1), first, device=model.device)
-            written = model.generate(
-                start,
-                attention_mask=torch.ones_like(start),
-                max_length=length,
-                min_length=length,  # EOS would end a sample early
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                pad_token_id=first,
-            )
-            samples += written.tolist()
+            samples += model.generate(start, attention_mask=torch.ones_like(start)).tolist()
     return _dataset(samples)
+
+
+@contextmanager
+def _sampling_plainly(model: Any, *, length: int, pad_token_id: int) -> Iterator[None]:
+    """Set the model's generation_config aside: it says how to chat, and `generate` fills every gap from it."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_length=length,
+        min_length=length,  # EOS would end a sample early
+        eos_token_id=own.eos_token_id,
+        pad_token_id=pad_token_id,
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _dataset(samples: list[list[int]]) -> "Dataset":
@@ -94,11 +105,11 @@ def _dataset(samples: list[list[int]]) -> "Dataset":
     return Dataset.from_dict({"input_ids": samples, "attention_mask": [[1] * len(sample) for sample in samples]})
 
 
-def _record_texts(path: Path, tokenizer: Any) -> Iterator[str]:
+def _record_ids(path: Path, tokenizer: Any) -> Iterator[list[int]]:
     text = _read_text(path)
     try:
         if path.suffix == ".jsonl":
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+            records = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             records = json.loads(text)
     except json.JSONDecodeError as error:
@@ -106,19 +117,39 @@ def _record_texts(path: Path, tokenizer: Any) -> Iterator[str]:
     if not isinstance(records, list):
         raise SRDError(f"{path} is not a list of records")
     for number, record in enumerate(records, 1):
+        where = f"{path}: record {number}"
         if not isinstance(record, dict):
-            raise SRDError(f"{path}: record {number} is not an object")
+            raise SRDError(f"{where} is not an object")
         if "messages" in record:
-            if tokenizer.chat_template is None:
-                raise SRDError(f"{path}: record {number} has messages, but the tokenizer has no chat template")
-            yield tokenizer.apply_chat_template(record["messages"], tokenize=False)
+            yield _message_ids(where, record["messages"], tokenizer)
         elif "text" in record:
-            yield record["text"]
+            yield tokenizer(_string(where, record, "text"))["input_ids"]
         elif "instruction" in record:
-            parts = (record["instruction"], record.get("input"), record.get("output"))
-            yield "\n\n".join(part for part in parts if part)
+            names = [name for name in ("instruction", "input", "output") if record.get(name) is not None]
+            parts = [_string(where, record, name) for name in names]
+            yield tokenizer("\n\n".join(part for part in parts if part))["input_ids"]
         else:
-            raise SRDError(f"{path}: record {number} has neither messages, text nor instruction")
+            raise SRDError(f"{where} has neither messages, text nor instruction")
+
+
+def _string(where: str, record: dict[str, Any], name: str) -> str:
+    if not isinstance(record[name], str):
+        raise SRDError(f"{where}: {name} is {record[name]!r}, expected a string")
+    return record[name]
+
+
+def _message_ids(where: str, messages: Any, tokenizer: Any) -> list[int]:
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        raise SRDError(f"{where} has messages, but the tokenizer has no chat template")
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+        raise SRDError(f"{where}: messages is {messages!r}, expected a list of objects with role and content")
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except (TemplateError, TypeError) as error:
+        raise SRDError(f"{where}: the chat template refuses its messages: {error}") from error
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes BOS itself
 
 
 def _read_text(path: Path) -> str:

@@ -49,7 +49,6 @@ def quantize(
     _check_data(recipe_path, recipe, dataset)
 
     import transformers
-    from llmcompressor import oneshot
 
     transformers.set_seed(seed)
     model, tokenizer = _load(model_name)
@@ -67,15 +66,13 @@ def quantize(
         )
         kwargs["shuffle_calibration_samples"] = False  # the order is ours, and the same every time
     try:
-        oneshot(model=model, tokenizer=tokenizer, recipe=recipe, pipeline=pipeline, **kwargs)
-    except ValueError as error:
-        if isinstance(error, SRDError):
-            raise
-        # llm-compressor's own way to refuse a recipe, at length
-        raise RecipeError(f"{recipe_path}: llm-compressor refuses it: {' '.join(str(error).split())}") from error
-    with new_directory(output, overwrite=overwrite) as staging:
-        model.save_pretrained(str(staging), save_compressed=True)
-        tokenizer.save_pretrained(str(staging))
+        _oneshot(recipe_path, model=model, tokenizer=tokenizer, recipe=recipe, pipeline=pipeline, **kwargs)
+        with new_directory(output, overwrite=overwrite) as staging:
+            model.save_pretrained(str(staging), save_compressed=True)
+            tokenizer.save_pretrained(str(staging))
+    finally:
+        for modifier in _srd_modifiers(recipe):
+            modifier.close()
 
 
 def load_recipe(path: Path) -> "Recipe":
@@ -91,18 +88,45 @@ def load_recipe(path: Path) -> "Recipe":
     if not path.is_file():
         raise RecipeError(f"{path}: there is no such recipe")
     try:
+        if path.suffix.lower() != ".md":  # a model card has its recipe between the lines
+            _check_layout(path, yaml.safe_load(path.read_text(encoding="utf-8")))
         recipe = Recipe.create_instance(str(path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         reason = str(first["msg"]).removeprefix("Value error, ")
         raise RecipeError(f"{path}: {error.title}{f'.{where}' if where else ''}: {reason}") from error
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         raise RecipeError(f"{path} is not a recipe: {' '.join(str(error).split())}") from error
     if not recipe.modifiers:
         # llm-compressor itself would run nothing and say nothing
         raise RecipeError(f"{path} has no modifiers: its keys must end in _stage and, below, in _modifiers")
     return recipe
+
+
+def _check_layout(path: Path, content: Any) -> None:
+    """Refuse what llm-compressor would stumble over without saying where."""
+    if not isinstance(content, dict):
+        found = "empty" if content is None else f"a {type(content).__name__}"
+        raise RecipeError(f"{path} is not a recipe: it is {found}, expected a mapping of stages")
+    for stage in content.values():
+        for group_name, group in stage.items() if isinstance(stage, dict) else ():
+            if str(group_name).endswith("_modifiers") and isinstance(group, dict):
+                for name, settings in group.items():
+                    if not isinstance(settings, dict):
+                        raise RecipeError(f"{path}: {name} has no settings; write {name}: {{}} for its defaults")
+
+
+def _oneshot(recipe_path: Path, **kwargs: Any) -> None:
+    from llmcompressor import oneshot
+
+    try:
+        oneshot(**kwargs)
+    except ValueError as error:
+        if isinstance(error, SRDError):
+            raise
+        # llm-compressor's own way to refuse a recipe, at length
+        raise RecipeError(f"{recipe_path}: llm-compressor refuses it: {' '.join(str(error).split())}") from error
 
 
 def _check_data(path: Path, recipe: "Recipe", dataset: str | None) -> None:
@@ -123,13 +147,14 @@ def _load(model_name: str) -> tuple[Any, Any]:
     if Path(model_name).exists() and not (Path(model_name) / "config.json").is_file():
         raise SRDError(f"{model_name} has no config.json: this is not a model directory")
     try:
-        return (
-            AutoModelForCausalLM.from_pretrained(model_name, dtype="auto"),
-            AutoTokenizer.from_pretrained(model_name),
-        )
+        model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(model_name)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise SRDError(f"cannot load {model_name}: {reason}") from error
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise SRDError(f"{model_name} is quantized already; start from the original model")
+    return model, tokenizer
 
 
 def _calibration(dataset: str, model: Any, tokenizer: Any, **settings: int) -> Any:
@@ -137,4 +162,11 @@ def _calibration(dataset: str, model: Any, tokenizer: Any, **settings: int) -> A
         return from_model(model, tokenizer, **settings)
     if Path(dataset).suffix or Path(dataset).exists():
         return from_file(Path(dataset), tokenizer, **settings)
-    return dataset  # a name that llm-compressor knows
+    from llmcompressor.transformers.data import TextGenerationDataset
+
+    known = {*TextGenerationDataset.registered_names(), *TextGenerationDataset.registered_aliases()}
+    if dataset.lower().replace("_", "-") not in known:
+        raise SRDError(
+            f"{dataset} is neither a file nor a data set that llm-compressor knows: {', '.join(sorted(known))}"
+        )
+    return dataset

@@ -1,5 +1,7 @@
 """What the libraries below would print, kept to what a user of a command needs."""
 
+import logging
+import os
 import warnings
 from functools import wraps
 from typing import Any
@@ -10,6 +12,10 @@ def quiet_libraries(*, bars: bool) -> None:
     warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
     if not bars:
         hide_bars()
+    # llm-compressor reads this when it is imported, and logs at once
+    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
+    # its tracing uses a name that torch is about to retire
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     try:
         from llmcompressor.logger import LoggerConfig, configure_logger
     except ImportError:

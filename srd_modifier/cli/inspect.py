@@ -37,9 +37,12 @@ def table(summary: "Summary") -> Table:
     """A summary as a table of two columns."""
     rows = Table(title=summary.directory, show_header=False, title_justify="left")
     rows.add_column(style="bold")
-    rows.add_column()
+    rows.add_column(overflow="fold")
     rows.add_row("W4 modules", f"{summary.quantized_modules}")
-    rows.add_row("corrected", f"{summary.corrected_modules}" if summary.settings else "none: a plain W4A16 checkpoint")
+    if summary.settings:
+        rows.add_row("corrected", f"{summary.corrected_modules}")
+    elif summary.quantized_modules:
+        rows.add_row("corrected", "none: a plain W4A16 checkpoint")
     for label, count in summary.formats.items():
         rows.add_row("residual", f"{label}: {count} modules")
     if summary.settings:

@@ -13,7 +13,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from srd_modifier.checkpoint.config import check_alphas
-from srd_modifier.errors import RecipeError
+from srd_modifier.errors import ConfigError, RecipeError
 from srd_modifier.modifier.capture import CorrectedModule, ResidualCapture
 from srd_modifier.modifier.events import observe
 from srd_modifier.modifier.plan import (
@@ -88,7 +88,12 @@ class SRDModifier(QuantizationModifier):
     def _check_settings(self) -> "SRDModifier":
         check_choice(self.correct)
         check_alphas(self.alpha, self.layer_alphas)
-        self.residual_format  # noqa: B018 - building it checks it
+        try:
+            self.residual_format  # noqa: B018 - building it checks it
+        except ConfigError as error:
+            # two of its fields have other names here
+            own = "residual_" if str(error).startswith(("bits is", "group_size is")) else ""
+            raise ConfigError(f"{own}{error}") from None
         return self
 
     @property
@@ -155,6 +160,11 @@ class SRDModifier(QuantizationModifier):
         if self is srd_modifiers[-1] and self._capture is not None:
             install_save(state.model, self._capture)
         return True
+
+    def close(self) -> None:
+        """Remove the residuals that wait on the disk: the model is saved, or never will be."""
+        if self._capture is not None:
+            self._capture.close()
 
     # without a scheme its own epoch has nothing to do: the quantizer's events, observed, do the work
 

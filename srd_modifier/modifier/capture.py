@@ -185,6 +185,12 @@ class ResidualCapture:
         assert self._folder is not None
         return sorted(Path(self._folder.name).iterdir())
 
+    def close(self) -> None:
+        """Remove what waits on the disk; nothing can be saved afterwards."""
+        self._background.shutdown(cancel_futures=True)
+        if self._folder is not None:
+            self._folder.cleanup()
+
     def _refuse_if_nothing(self, done: list[nn.Module], nothing_lost: list[bool], quantizer: str) -> None:
         if done and all(nothing_lost):
             raise RecipeError(
