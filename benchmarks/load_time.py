@@ -11,7 +11,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks.models import SHAPES, TINY_LLAMA, write_random
+from benchmarks.models import SCHEME, SHAPES, TINY_LLAMA, write_random
 from benchmarks.process import alternate, measure, median, print_cost, ratio
 
 _MODELS = ("tiny-llama", *SHAPES)
@@ -39,8 +39,7 @@ def quantize(model: Path, output: Path) -> None:
 
     from srd_modifier import SRDModifier
 
-    recipe = SRDModifier(scheme="W4A16", targets=["Linear"], ignore=["lm_head"])
-    oneshot(model=str(model), recipe=recipe, output_dir=str(output))
+    oneshot(model=str(model), recipe=SRDModifier(**SCHEME), output_dir=str(output))
 
 
 def main() -> None:

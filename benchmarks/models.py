@@ -20,6 +20,17 @@ class Shape:
     vocabulary: int = 49152
 
 
+# W4A16 in groups of 64, which divide 576 as groups of 128 do not
+SCHEME = {
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64},
+        }
+    },
+    "ignore": ["lm_head"],
+}
+
 SHAPES = {
     "smollm2-135m": Shape(30, 576, 1536, 9, 3),
     "smollm2-1.7b": Shape(24, 2048, 8192, 32, 32),

@@ -10,7 +10,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks.models import TINY_LLAMA, write_random
+from benchmarks.models import SCHEME, TINY_LLAMA, write_random
 from benchmarks.process import alternate, measure, median, print_cost, ratio
 
 _CASES = ("tiny-llama/rtn", "tiny-llama/gptq", "smollm2-135m/rtn", "smollm2-135m/gptq", "smollm2-1.7b/rtn")
@@ -30,7 +30,6 @@ def worker(model: str, base: str, with_srd: bool, output: str) -> None:
     from srd_modifier import SRDModifier
 
     configure_logger(LoggerConfig(console_log_level="ERROR"))
-    scheme = {"scheme": "W4A16", "targets": ["Linear"], "ignore": ["lm_head"]}
     tokens = torch.randint(1, 4000, (_SAMPLES, _LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
     data = {
         "dataset": Dataset.from_dict({"input_ids": tokens, "attention_mask": [[1] * _LENGTH] * _SAMPLES}),
@@ -39,10 +38,10 @@ def worker(model: str, base: str, with_srd: bool, output: str) -> None:
     }
     if base == "rtn":
         data = {}
-        recipe = [SRDModifier(**scheme) if with_srd else QuantizationModifier(**scheme)]
+        recipe = [SRDModifier(**SCHEME) if with_srd else QuantizationModifier(**SCHEME)]
     else:
         spool = str(Path(output).parent)
-        recipe = [*([SRDModifier(ignore=["lm_head"], spool_dir=spool)] if with_srd else []), GPTQModifier(**scheme)]
+        recipe = [*([SRDModifier(ignore=["lm_head"], spool_dir=spool)] if with_srd else []), GPTQModifier(**SCHEME)]
     print_cost(measure(lambda: oneshot(model=model, recipe=recipe, output_dir=output, **data)))
 
 

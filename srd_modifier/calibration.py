@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from srd_modifier.errors import SRDError
 
@@ -69,11 +70,13 @@ def from_model(model: Any, tokenizer: Any, *, num_samples: int, max_seq_length: 
         raise SRDError("the tokenizer has neither a BOS nor an EOS token to start from; give --dataset a text file")
     length = min(max_seq_length, getattr(model.config.get_text_config(), "max_position_embeddings", max_seq_length))
     samples: list[list[int]] = []
-    with torch.random.fork_rng(), _sampling_plainly(model, length=length, pad_token_id=first):
+    bar = tqdm(total=num_samples, desc="Writing calibration text", unit="sample")
+    with torch.random.fork_rng(), _sampling_plainly(model, length=length, pad_token_id=first), bar:
         torch.manual_seed(seed)
         while len(samples) < num_samples:
             start = torch.full((min(_SELF_BATCH, num_samples - len(samples)), 1), first, device=model.device)
             samples += model.generate(start, attention_mask=torch.ones_like(start)).tolist()
+            bar.update(len(start))
     return _dataset(samples)
 
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 SELF = "self"
 
+# what AWQModifier of llm-compressor 0.14.0.1 ends in on a machine with a CPU only
+_NO_ACCELERATOR = "Cannot access accelerator device when none is available"
+
 
 def quantize(
     model_name: str,
@@ -127,6 +130,13 @@ def _oneshot(recipe_path: Path, **kwargs: Any) -> None:
             raise
         # llm-compressor's own way to refuse a recipe, at length
         raise RecipeError(f"{recipe_path}: llm-compressor refuses it: {' '.join(str(error).split())}") from error
+    except RuntimeError as error:
+        if _NO_ACCELERATOR not in str(error):
+            raise
+        raise RecipeError(
+            f"{recipe_path}: this llm-compressor runs AWQ only on a machine with an accelerator; "
+            "docs/upstream.md says why, and how to run it without one"
+        ) from error
 
 
 def _check_data(path: Path, recipe: "Recipe", dataset: str | None) -> None:

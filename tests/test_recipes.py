@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from srd_modifier.checkpoint.config import IMPORTANCE, read_srd_config
 from srd_modifier.checkpoint.sidecar import Sidecar
+from srd_modifier.errors import RecipeError
 from srd_modifier.quantizing import quantize
 from srd_modifier.residual import ResidualFormat
 from srd_modifier.transformers import load_corrected
@@ -290,12 +291,12 @@ def test_the_residual_of_awq_belongs_to_the_scaled_weights(run, model):
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="AWQ runs where there is an accelerator")
 def test_awq_alone_crashes_upstream_without_an_accelerator(model, tmp_path):
     """The day this fails, llm-compressor has mended it, and docs/upstream.md and the recipe's comment go."""
-    with pytest.raises(RuntimeError, match=r"^Cannot access accelerator device when none is available") as caught:
+    with pytest.raises(RecipeError, match=r"srd_awq.yaml: .*runs AWQ only on a machine with an accelerator") as caught:
         quantize(str(model), RECIPES["srd_awq"], tmp_path / "out", dataset=str(TEXT), num_samples=2, max_seq_length=16)
-    assert type(caught.value) is RuntimeError
-    places = [
-        (Path(frame.filename).parts[-2:], frame.name) for frame in traceback.extract_tb(caught.value.__traceback__)
-    ]
+    cause = caught.value.__cause__
+    assert type(cause) is RuntimeError
+    assert str(cause).startswith("Cannot access accelerator device when none is available")
+    places = [(Path(frame.filename).parts[-2:], frame.name) for frame in traceback.extract_tb(cause.__traceback__)]
     assert places[-3:] == [
         (("awq", "base.py"), "_apply_smoothing"),
         (("pipelines", "cache.py"), "pin_memory"),

@@ -52,7 +52,12 @@ def attach_sidecar(
     base = BaseCheckpoint(directory)
     digests = base.tensor_digests()
     for name, digest in (base_digests or {}).items():
-        if digests.get(name) != digest:
+        if name not in digests:
+            raise CheckpointError(
+                f"{directory}: {name} is not among the saved tensors; the architecture renames its modules when it is "
+                "saved, which this version does not follow"
+            )
+        if digests[name] != digest:
             raise CheckpointError(
                 f"{directory}: {name} was saved with other bytes than its residual was computed from; "
                 "the model was changed between calibration and saving"

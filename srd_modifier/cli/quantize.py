@@ -37,6 +37,7 @@ def quantize(
     verbose: Annotated[bool, typer.Option("--verbose", help="Show llm-compressor's log.")] = False,
 ) -> None:
     """Quantize a model to W4A16, and keep what is lost as a residual beside it."""
+    from srd_modifier.checkpoint.config import read_srd_config
     from srd_modifier.checkpoint.summary import summarize
     from srd_modifier.cli._quiet import quiet_libraries
     from srd_modifier.cli.inspect import table
@@ -55,4 +56,7 @@ def quantize(
         overwrite=overwrite,
         pipeline=pipeline.value,
     )
-    Console().print(table(summarize(output)))
+    if read_srd_config(output) is None:
+        Console().print(f"wrote {output}, with no residual: the recipe has no SRDModifier")
+    else:
+        Console().print(table(summarize(output)))

@@ -7,6 +7,7 @@ are packed for saving. Either way W4 is what a loader will read back from the fi
 """
 
 import hashlib
+import mmap
 import tempfile
 from collections import deque
 from collections.abc import Iterable
@@ -119,7 +120,7 @@ class ResidualCapture:
         """Copy the weights that are about to be overwritten."""
         for module in modules:
             if isinstance(module, nn.Linear) and module in self.modules:
-                self._originals[module] = module.weight.detach().clone()
+                self._originals[module] = _copy(module.weight.detach())
 
     @torch.no_grad()
     def encode_overwritten(self, modules: Iterable[nn.Module], quantizer: str) -> None:
@@ -244,3 +245,15 @@ class ResidualCapture:
     def _finish_storing(self) -> None:
         while self._storing:
             self._storing.popleft().result()
+
+
+def _copy(weight: Tensor) -> Tensor:
+    """A copy that gives its memory back to the system when it is released.
+
+    From the heap, copies that come and go between the quantizer's own large temporaries leave holes that are never
+    used again: a third more memory for a model of 135 million weights.
+    """
+    if weight.device.type != "cpu":
+        return weight.clone()
+    pages = mmap.mmap(-1, weight.nbytes)
+    return torch.frombuffer(pages, dtype=weight.dtype, count=weight.numel()).view(weight.shape).copy_(weight)

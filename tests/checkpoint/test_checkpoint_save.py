@@ -121,7 +121,9 @@ def test_a_base_that_was_changed_since_calibration_is_refused(base: Path, files:
 
 
 def test_a_base_that_lacks_a_corrected_module_is_refused(base: Path, files: list[Path]) -> None:
-    with pytest.raises(CheckpointError, match=r"lm_head.weight_packed was saved with other bytes"):
+    with pytest.raises(
+        CheckpointError, match=r"lm_head.weight_packed is not among the saved tensors; the architecture renames"
+    ):
         attach_sidecar(base, files, modules=CORRECTED, fmt=DEFAULT, base_digests={"lm_head.weight_packed": "0" * 64})
 
 
