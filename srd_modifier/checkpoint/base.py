@@ -1,6 +1,7 @@
 """The base of a checkpoint: its W4A16 tensors, the digest that binds a sidecar to them, its weights in float32."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -82,6 +83,12 @@ class BaseCheckpoint:
         """The tensors of a quantized module by their own names (`weight_packed`, `weight_scale`, ...)."""
         suffixes = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
         return {suffix: self.info(f"{module}.{suffix}") for suffix in suffixes if f"{module}.{suffix}" in self}
+
+    def quantized_size(self) -> tuple[int, int]:
+        """How many weights are quantized, and the bytes of their codes, scales, zero points and shapes."""
+        weights = sum(math.prod(self.weight_shape(module)) for module in self.quantized_modules)
+        tensors = (info for module in self.quantized_modules for info in self.module_tensors(module).values())
+        return weights, sum(info.end - info.start for info in tensors)
 
     def weight_shape(self, module: str) -> tuple[int, int]:
         """`(out_features, in_features)` of a quantized module.

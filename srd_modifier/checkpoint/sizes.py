@@ -38,10 +38,7 @@ def measure(directory: Path | str, *, corrected: Collection[str] | None = None) 
     base = BaseCheckpoint(directory)
     total = sum(path.stat().st_size for path in base.files)
     if base.quantized_modules:
-        weights = sum(math.prod(base.weight_shape(module)) for module in base.quantized_modules)
-        size = sum(
-            info.end - info.start for module in base.quantized_modules for info in base.module_tensors(module).values()
-        )
+        weights, size = base.quantized_size()
     else:
         matrices = [base.info(name) for name in base if layer_of(name) is not None and len(base.info(name).shape) >= 2]
         weights = sum(math.prod(info.shape) for info in matrices)

@@ -1,6 +1,5 @@
 """What a checkpoint is and what it costs, from its headers alone: `srd inspect`."""
 
-import math
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,10 +74,7 @@ def summarize(directory: Path | str) -> Summary:
     sidecar = None if config is None else Sidecar.open(directory, config)
     base = BaseCheckpoint(directory) if sidecar is None else sidecar.base
     entries = {} if sidecar is None else sidecar.entries
-    weights = sum(math.prod(base.weight_shape(module)) for module in base.quantized_modules)
-    w4_bytes = sum(
-        info.end - info.start for module in base.quantized_modules for info in base.module_tensors(module).values()
-    )
+    weights, w4_bytes = base.quantized_size()
     residual_bytes = sum(entry.bytes() for entry in entries.values())
     chunks = {}
     for chunk in (*CHUNKS, None):

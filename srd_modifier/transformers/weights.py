@@ -33,8 +33,7 @@ def store_weight(model: nn.Module, name: str, value: Tensor) -> None:
 
 def _locate(model: nn.Module, name: str) -> tuple[nn.Module, str, Callable[[Tensor], Tensor]]:
     """The module that holds a weight, the name of the parameter, and how to get the weight out of it."""
-    prefix = getattr(model, "base_model_prefix", "")
-    for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+    for candidate in _candidates(model, name):
         module = _submodule(model, candidate)
         if module is not None and isinstance(getattr(module, "weight", None), Tensor):
             return module, "weight", lambda weight: weight
@@ -46,9 +45,14 @@ def _locate(model: nn.Module, name: str) -> tuple[nn.Module, str, Callable[[Tens
 
 def find_module(model: nn.Module, name: str) -> nn.Module | None:
     """The module that a checkpoint calls `name`, or None (a stacked expert is not a module of its own)."""
+    found = (_submodule(model, candidate) for candidate in _candidates(model, name))
+    return next((module for module in found if module is not None), None)
+
+
+def _candidates(model: nn.Module, name: str) -> tuple[str, ...]:
+    """What a model may call a module that the checkpoint calls `name`: with and without the prefix of its head."""
     prefix = getattr(model, "base_model_prefix", "")
-    candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-    return next((found for candidate in candidates if (found := _submodule(model, candidate)) is not None), None)
+    return name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
