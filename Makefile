@@ -8,7 +8,7 @@ BENCHMARKS ?= benchmarks.rounding benchmarks.quality benchmarks.oneshot_cost ben
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := quantize,autoround,dev
+EXTRAS := quantize,autoround,gguf,plot,dev
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 # the models and the text are in the repository, so that a name taken for one on a hub is a mistake
