@@ -37,7 +37,7 @@ def fake_quantize_(
         model: any module; its `nn.Linear` weights `[out, in]` are changed, embeddings are not.
         alpha: 0 gives the plain W4 weights, 1 the full correction.
         group_size: columns per scale, of base and residual alike; -1 is one scale per row.
-        bits: width of the residual, 8, 4, 3 or 2.
+        bits: width of the residual, 8, 6, 5, 4, 3, 2 or 1.
         rounding: `nearest`, `stochastic` or `dithered`.
         density: share of the residual's entries that is kept.
         scale_dtype: of the residual's scales; float32 as published.

@@ -162,6 +162,7 @@ def test_a_weight_of_zero_stays_zero() -> None:
     [
         {"bits": 4},
         {"bits": 2},
+        {"bits": 1},
         {"density": 0.25},
         {"rounding": "stochastic"},
         {"rounding": "dithered"},
@@ -208,7 +209,7 @@ def test_alpha_out_of_range(model: nn.Module, alpha: float) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bits": 5}, "bits is 5"),
+        ({"bits": 7}, "bits is 7"),
         ({"group_size": 0}, "group_size is 0"),
         ({"rounding": "up"}, "rounding is 'up'"),
         ({"density": 0.0}, "density is"),

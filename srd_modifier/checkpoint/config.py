@@ -12,7 +12,7 @@ from srd_modifier.residual import ResidualFormat
 from srd_modifier.selection.depth import check_chunks, chunk_of
 from srd_modifier.selection.patterns import pattern_value
 
-VERSION = 1
+VERSION = 2
 CONFIG_KEY = "srd_config"
 SIDECAR_INDEX = "srd/residual.safetensors.index.json"
 IMPORTANCE = "srd/importance.safetensors"
@@ -74,9 +74,9 @@ class SRDConfig:
         rest = dict(values)
         version = rest.pop("version", None)
         if version != VERSION:
-            raise ConfigError(
-                f"srd_config.version is {version!r}, this srd-modifier reads {VERSION}; upgrade srd-modifier"
-            )
+            older = isinstance(version, int) and version < VERSION
+            remedy = "quantize again with this srd-modifier" if older else "upgrade srd-modifier"
+            raise ConfigError(f"srd_config.version is {version!r}, this srd-modifier reads {VERSION}; {remedy}")
         # a default in the place of a missing field would be another checkpoint
         names = cls.__dataclass_fields__.keys() - {"format"}
         missing = sorted((names | ResidualFormat.__dataclass_fields__.keys()) - rest.keys())

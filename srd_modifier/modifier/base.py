@@ -56,7 +56,7 @@ class SRDModifier(QuantizationModifier):
             `{chunks: [...]}`, `{targets: [...]}`.
         alpha: the checkpoint's default dial, 0 (plain W4) to 1 (full correction); loaders can change it.
         layer_alphas: alpha by module name or `re:` pattern; the first match counts.
-        residual_bits: 8, 4, 3 or 2.
+        residual_bits: 8, 6, 5, 4, 3, 2 or 1.
         residual_group_size: columns per scale of the residual; -1 is one scale per row.
         rounding: `nearest`, `stochastic` or `dithered`.
         density: share of the residual's entries that is kept.

@@ -4,7 +4,8 @@ Pure functions on tensors. Nothing here reads a file, knows a module, or imports
 
     format      ResidualFormat: width, group size, rounding, density, scale dtype, and the bytes they cost
     codec       encode() and decode(), one the inverse of the other up to the rounding step
-    packing     integers of 1 to 4 bits to bytes and back
+    levels      what a code stands for: whole numbers at 8 bits, half-integers below
+    packing     integers of 1 to 6 bits to bytes and back
     rounding    nearest, stochastic and subtractive dither, with reproducible noise
 
 >>> import torch
@@ -16,8 +17,9 @@ Pure functions on tensors. Nothing here reads a file, knows a module, or imports
 True
 """
 
-from srd_modifier.residual.codec import EncodedResidual, add_decoded_, concatenate_rows, decode, encode
+from srd_modifier.residual.codec import EncodedResidual, add_decoded_, concatenate_rows, decode, encode, from_levels
 from srd_modifier.residual.format import WHOLE_ROW, ResidualFormat
+from srd_modifier.residual.levels import level_range, nearest_levels
 
 __all__ = [
     "WHOLE_ROW",
@@ -27,4 +29,7 @@ __all__ = [
     "concatenate_rows",
     "decode",
     "encode",
+    "from_levels",
+    "level_range",
+    "nearest_levels",
 ]

@@ -1,10 +1,11 @@
 """Encode a residual to integer codes and group scales, and decode it again.
 
-    R ~ codes * scale,   one scale per output row and group of columns
+    R ~ levels * scale,   one scale per output row and group of columns
 
-At 8 bits the scale is `absmax / 127`, rounded up to its dtype so that no entry is ever clipped. At 4, 3 and 2
-bits nearest rounding searches each group's scale for the least squared error, because with so few codes a
-clipped extreme is often worth a finer step.
+The levels are the codes themselves at 8 bits and the codes + 1/2 below (`levels`). The scale is `absmax` over the
+highest level, rounded up to its dtype so that no entry is ever clipped. Below 8 bits nearest rounding searches
+each group's scale for the least squared error instead, because with so few levels a clipped extreme is often worth
+a finer step.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,11 +16,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from srd_modifier.residual.format import ResidualFormat
+from srd_modifier.residual.levels import code_range, level_offset, level_range, nearest_levels
 from srd_modifier.residual.packing import pack, unpack
 from srd_modifier.residual.rounding import round_, uniform_noise
 
-# scales that the search tries, from "clip hard" to the covering scale
+# scales that the search tries besides the covering one, and the least of them as a share of it; what lies beneath,
+# the least squares after them reach
 _SEARCH_CANDIDATES = 20
+_SEARCH_LEAST = 0.1
 
 _BLOCK_ENTRIES = 2**20
 
@@ -29,7 +33,7 @@ class EncodedResidual(NamedTuple):
 
     Attributes:
         codes: int8 `[out, in]`, or packed uint8.
-        scale: bfloat16 or float32 `[out, ceil(in / group_size)]`.
+        scale: bfloat16 or float32 `[out, ceil(in / group_size)]`, not negative.
         mask: uint8 `[out, ceil(in / 8)]` of the kept entries, or None when all are kept.
     """
 
@@ -77,18 +81,51 @@ def encode(
     if fmt.rounding != "nearest":
         noise = uniform_noise((out_features, in_features), fmt.seed, key, residual.device)
     blocks = [
-        _encode_rows(residual[rows], fmt, None if noise is None else noise[rows], weight)
+        _encode_rows(
+            residual[rows],
+            fmt,
+            None if noise is None else noise[rows],
+            weight,
+            None if keep is None else keep[rows],
+        )
         for rows in _row_blocks(out_features, in_features)
     ]
-    codes = torch.cat([block for block, _ in blocks])
-    scale = torch.cat([block for _, block in blocks])
+    return _encoded(torch.cat([block for block, _ in blocks]), torch.cat([block for _, block in blocks]), fmt, keep)
+
+
+def from_levels(levels: Tensor, scale: Tensor, fmt: ResidualFormat, keep: Tensor | None = None) -> EncodedResidual:
+    """Store levels that were chosen elsewhere.
+
+    Args:
+        levels: float `[out, in]`, levels of `fmt.bits` in units of the scale (`levels.nearest_levels`). Of a
+            dithered residual these are the ones before the noise is taken off again, which `decode` does.
+        scale: `fmt.torch_scale_dtype` `[out, groups]`, not negative.
+        fmt: width, density and scale dtype count.
+        keep: bool `[out, in]` with `fmt.kept(out, in)` entries that are True, the others are dropped; None when
+            all are kept.
+
+    Raises:
+        ValueError: the scale's shape or dtype, or the number of kept entries, is not the format's.
+    """
+    out_features, in_features = levels.shape
+    expected = (out_features, fmt.groups(in_features))
+    if scale.dtype != fmt.torch_scale_dtype or scale.shape != expected:
+        raise ValueError(f"expected a scale {fmt.torch_scale_dtype} {expected}, got {scale.dtype} {tuple(scale.shape)}")
+    count = levels.numel() if keep is None else int(keep.sum())
+    if (keep is None) == fmt.sparse or count != fmt.kept(out_features, in_features):
+        raise ValueError(f"expected {fmt.kept(out_features, in_features)} entries to keep, got {count}")
+    return _encoded((levels - level_offset(fmt.bits)).to(torch.int8), scale, fmt, keep)
+
+
+def _encoded(codes: Tensor, scale: Tensor, fmt: ResidualFormat, keep: Tensor | None) -> EncodedResidual:
+    """Codes int8 `[out, in]`, scales `[out, groups]` and the kept entries bool `[out, in]`, as they are stored."""
     if keep is None:
         return EncodedResidual(_store(codes, fmt.bits), scale)
     return EncodedResidual(_store(codes[keep].unsqueeze(0), fmt.bits), scale, pack(keep.to(torch.uint8), 1))
 
 
 def _encode_rows(
-    residual: Tensor, fmt: ResidualFormat, noise: Tensor | None, importance: Tensor | None
+    residual: Tensor, fmt: ResidualFormat, noise: Tensor | None, importance: Tensor | None, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Codes int8 `[rows, in]` and scales `[rows, groups]` of some rows of a residual."""
     rows, in_features = residual.shape
@@ -99,10 +136,17 @@ def _encode_rows(
     if fmt.bits == 8 or noise is not None:
         scale = _covering_scale(absmax, fmt)
     else:
-        scale = _searched_scale(grouped, absmax, fmt, importance)
+        scale = _searched_scale(grouped, absmax, fmt, _error_weight(residual, fmt, importance, keep))
     steps = _divide(grouped, scale)
-    codes = round_(steps, fmt.rounding, None if noise is None else _grouped(noise, fmt))
-    return codes.clamp_(*_code_range(fmt.bits)).to(torch.int8).reshape(rows, -1)[:, :in_features], scale
+    if noise is not None:
+        noise = _grouped(noise, fmt)
+    if fmt.bits == 8:
+        codes = round_(steps, fmt.rounding, noise)
+    else:
+        # The nearest half-integer is `floor(x) + 1/2`, so the code is the floor. Between half-integers stochastic
+        # rounding and dither are both `floor(x + u)`; dither takes the noise off again on decoding.
+        codes = (steps if noise is None else steps.add_(noise)).floor_()
+    return codes.clamp_(*code_range(fmt.bits)).to(torch.int8).reshape(rows, -1)[:, :in_features], scale
 
 
 def concatenate_rows(parts: Sequence[EncodedResidual]) -> EncodedResidual:
@@ -133,14 +177,18 @@ def add_decoded_(
     noise = None
     if fmt.rounding == "dithered":
         noise = uniform_noise((out_features, in_features), fmt.seed, key, weight.device)
-        if encoded.mask is not None:
-            noise *= unpack(encoded.mask, 1, in_features)
     columns = fmt.columns_per_group(in_features)
-    codes = _load(encoded, fmt, out_features, in_features)
+    keep = None if encoded.mask is None else unpack(encoded.mask, 1, in_features).bool()
+    codes = _load(encoded.codes, fmt, out_features, in_features, keep)
+    offset = level_offset(fmt.bits)
     for rows in _row_blocks(out_features, in_features):
         steps = codes[rows].to(torch.float32)
+        if offset:
+            steps += offset
         if noise is not None:
             steps -= noise[rows]
+        if keep is not None and (offset or noise is not None):
+            steps *= keep[rows]
         scale = encoded.scale[rows].float()
         if in_features % columns == 0:
             shape = (len(steps), -1, columns)
@@ -163,11 +211,6 @@ def _grouped(matrix: Tensor, fmt: ResidualFormat) -> Tensor:
     return (pad(matrix, (0, missing)) if missing else matrix).reshape(len(matrix), -1, columns)
 
 
-def _code_range(bits: int) -> tuple[int, int]:
-    # symmetric at 8 bits, where one code in 256 buys nothing and symmetric int8 is what kernels expect
-    return (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-
-
 def _store(codes: Tensor, bits: int) -> Tensor:
     """Codes int8 `[rows, n]` as stored: int8, or two's complement of `bits` bits packed into bytes."""
     if bits == 8:
@@ -175,15 +218,14 @@ def _store(codes: Tensor, bits: int) -> Tensor:
     return pack((codes & (2**bits - 1)).view(torch.uint8), bits)
 
 
-def _load(encoded: EncodedResidual, fmt: ResidualFormat, out_features: int, in_features: int) -> Tensor:
-    """Codes int8 `[out, in]`; entries that were not kept are 0."""
-    keep = None if encoded.mask is None else unpack(encoded.mask, 1, in_features).bool()
+def _load(stored: Tensor, fmt: ResidualFormat, out_features: int, in_features: int, keep: Tensor | None) -> Tensor:
+    """Codes int8 `[out, in]` from the stored ones; 0 where `keep`, bool `[out, in]`, is False."""
     rows, columns = (out_features, in_features) if keep is None else (1, int(keep.sum()))
     if fmt.bits == 8:
-        codes = encoded.codes
+        codes = stored
     else:
         sign = 2 ** (fmt.bits - 1)
-        codes = (unpack(encoded.codes, fmt.bits, columns) ^ sign).view(torch.int8) - sign
+        codes = (unpack(stored, fmt.bits, columns) ^ sign).view(torch.int8) - sign
     if keep is None:
         return codes.view(rows, columns)
     dense = torch.zeros(out_features, in_features, dtype=torch.int8, device=codes.device)
@@ -199,36 +241,76 @@ def _divide(grouped: Tensor, scale: Tensor) -> Tensor:
 
 def _covering_scale(absmax: Tensor, fmt: ResidualFormat) -> Tensor:
     """The least representable scale with which nothing is clipped; that keeps the noisy roundings unbiased."""
-    _, high = _code_range(fmt.bits)
-    # dither moves a value by up to half a step before it is rounded
-    return _round_away(absmax / (high - 0.5 if fmt.rounding == "dithered" else high), fmt.torch_scale_dtype)
+    _, high = level_range(fmt.bits)
+    if fmt.bits == 8 and fmt.rounding == "dithered":
+        # Dither moves a value by up to half a step before it is rounded. The half-integers have the room for it: what
+        # lies half a step beyond the highest level still floors to its code.
+        high -= 0.5
+    return _round_away(absmax / high, fmt.torch_scale_dtype)
 
 
-def _searched_scale(grouped: Tensor, absmax: Tensor, fmt: ResidualFormat, importance: Tensor | None) -> Tensor:
-    """Per group, the scale with the least (weighted) squared error.
+def _error_weight(
+    residual: Tensor, fmt: ResidualFormat, importance: Tensor | None, keep: Tensor | None
+) -> Tensor | None:
+    """What an entry's squared error counts in the search, `[rows or 1, groups, columns]`; None when all are alike.
 
-    It is negative where the extreme is positive: two's complement has one code more on the negative side.
+    No level is 0, so what is not stored has to be left out: dropped entries, and the padding of the last group.
     """
-    low, high = _code_range(fmt.bits)
-    sign = torch.where(grouped.amax(-1) >= -grouped.amin(-1), -1.0, 1.0)
-    weight = None
-    if importance is not None:
-        weight = _grouped(importance.unsqueeze(0), fmt)
-        weight = torch.where(weight.sum(-1, keepdim=True) == 0, 1.0, weight)
+    stored = None
+    if keep is not None:
+        stored = _grouped(keep.float(), fmt)
+    elif residual.shape[1] % fmt.columns_per_group(residual.shape[1]):
+        stored = _grouped(torch.ones_like(residual[:1]), fmt)
+    if importance is None:
+        return stored
+    weight = _grouped(importance.unsqueeze(0), fmt)
+    if stored is not None:
+        weight = weight * stored
+    # where no column of a group saw an input, none is known to matter more
+    return torch.where(weight.sum(-1, keepdim=True) == 0, 1.0 if stored is None else stored, weight)
+
+
+def _searched_scale(grouped: Tensor, absmax: Tensor, fmt: ResidualFormat, weight: Tensor | None) -> Tensor:
+    """Per group, the scale with the least squared error, weighted by `_error_weight`.
+
+    Candidates first; then, for the levels that the best of them gives, the scale of least squares. At 1 bit that
+    is the optimum, twice the mean size of the entries: the levels are their signs, whatever the scale.
+
+    6-bit codes have their best scale within a few hundredths of the covering one and an error that changes with
+    every hundredth; 2-bit codes have it anywhere. So candidates are dense at the top and wide apart below.
+    """
     # relative to the group's extreme, so that squares neither overflow nor vanish
     unit = _divide(grouped, absmax)
     size = torch.where(absmax == 0, 1.0, absmax)
     best_error = torch.full_like(absmax, torch.inf)
     best_scale = torch.zeros_like(absmax, dtype=fmt.torch_scale_dtype)
-    for fraction in torch.linspace(0.5 / -low, 1.0 / high, _SEARCH_CANDIDATES).tolist():
-        scale = (sign * absmax * fraction).to(fmt.torch_scale_dtype)
+
+    def levels_of(relative: Tensor) -> Tensor:
+        return nearest_levels(_divide(unit, relative), fmt.bits)
+
+    def weighted_sum(squares: Tensor) -> Tensor:
+        return (squares if weight is None else squares.mul_(weight)).sum(-1)
+
+    def try_scale(scale: Tensor) -> None:
+        nonlocal best_error, best_scale
         relative = scale.float() / size
-        codes = _divide(unit, relative).round_().clamp_(low, high)
-        error = codes.mul_(relative.unsqueeze(-1)).sub_(unit).square_()
-        error = (error if weight is None else error.mul_(weight)).sum(-1)
+        error = weighted_sum(levels_of(relative).mul_(relative.unsqueeze(-1)).sub_(unit).square_())
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
+
+    _, high = level_range(fmt.bits)
+    fractions = [1.0]
+    if fmt.bits > 1:
+        # beyond the covering scale too, until the extreme is as far from the next level as from the highest
+        most = high / (high - 0.5)
+        fractions += (most - (most - _SEARCH_LEAST) * torch.linspace(0, 1, _SEARCH_CANDIDATES).square()).tolist()
+    for fraction in fractions:
+        try_scale((absmax * (fraction / high)).to(fmt.torch_scale_dtype))
+    levels = levels_of(best_scale.float() / size)
+    # NaN for a group of which nothing is kept, and never the better one; no other divisor is 0, since no level is
+    optimum = weighted_sum(levels * unit) / weighted_sum(levels.square_())
+    try_scale((optimum * absmax).to(fmt.torch_scale_dtype))
     return best_scale
 
 

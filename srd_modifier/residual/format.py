@@ -11,7 +11,7 @@ from srd_modifier.errors import ConfigError
 WHOLE_ROW = -1
 """Group size of one scale per output row."""
 
-BITS = (8, 4, 3, 2)
+BITS = (8, 6, 5, 4, 3, 2, 1)
 ROUNDINGS = ("nearest", "stochastic", "dithered")
 
 # float16 is left out on purpose: S8 is about S4 / 250, below float16's normal range for real models, where its step is
@@ -26,8 +26,8 @@ class ResidualFormat:
     """How the residual of one Linear weight `[out_features, in_features]` is stored.
 
     Attributes:
-        bits: width of a code, 8, 4, 3 or 2. 8-bit codes lie in [-127, 127]; narrower ones use the whole
-            two's complement range, with a signed scale that gives the extra code to the larger extreme.
+        bits: width of a code, 8 or 6 to 1. 8-bit codes are whole numbers of the scale from -127 to 127;
+            narrower ones are half-integers, symmetric around zero, of which every one is used.
         group_size: columns that share a scale; the last group of a row may be shorter. `WHOLE_ROW` (-1) is
             one scale per row.
         rounding: `nearest` has the least error. `stochastic` is unbiased. `dithered` adds uniform noise

@@ -1,4 +1,4 @@
-"""Integers of 1 to 4 bits to bytes and back.
+"""Integers of 1 to 6 bits to bytes and back.
 
 Eight integers fill `bits` bytes: integer `i` of a row occupies bits `i * bits` to `(i + 1) * bits - 1` of the
 row, counted from the least significant bit of its first byte. A row starts at a byte and its last byte is
@@ -8,7 +8,7 @@ padded with zeros, so `n` integers take `ceil(n * bits / 8)` bytes.
 import torch
 from torch import Tensor
 
-PACKABLE_BITS = (1, 2, 3, 4)
+PACKABLE_BITS = (1, 2, 3, 4, 5, 6)
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
@@ -16,7 +16,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
     _check(values, bits)
     rows, n = values.shape
     padded = torch.nn.functional.pad(values, (0, -n % 8)).reshape(rows, -1, 8)
-    # a word holds eight integers, 8 to 32 bits: int64 keeps it clear of the sign
+    # a word holds eight integers, 8 to 48 bits: int64 keeps it clear of the sign
     words = torch.zeros(padded.shape[:2], dtype=torch.int64, device=values.device)
     for position in range(8):
         words |= padded[:, :, position].to(torch.int64) << (position * bits)

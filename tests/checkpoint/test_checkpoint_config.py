@@ -48,7 +48,7 @@ def test_round_trip_through_json() -> None:
 
 def test_the_dictionary_has_what_the_format_promises() -> None:
     assert make().to_dict() == {
-        "version": 1,
+        "version": 2,
         "alpha": 0.75,
         "layer_alphas": {"re:.*layers[.]0[.]": 0.0, MODULES[3]: 0.5},
         "bits": 4,
@@ -72,9 +72,11 @@ def test_what_is_not_set_is_full_correction() -> None:
 # --- refused ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None, 1.5])
+@pytest.mark.parametrize("version", [3, 1, 0, "2", None, 1.5])
 def test_an_unknown_version_is_refused(version: Any) -> None:
-    with pytest.raises(ConfigError, match=f"srd_config.version is {version!r}, this srd-modifier reads {VERSION}"):
+    remedy = "quantize again with this srd-modifier" if version in (0, 1) else "upgrade srd-modifier"
+    message = f"srd_config.version is {version!r}, this srd-modifier reads {VERSION}; {remedy}"
+    with pytest.raises(ConfigError, match=f"{message}$"):
         SRDConfig.from_dict(changed(version=version))
 
 

@@ -93,7 +93,7 @@ def stored(directory: Path, module: str) -> dict[str, Tensor]:
 
 
 def decoded_by_hand(tensors: dict[str, Tensor], fmt: ResidualFormat, shape: tuple[int, int], module: str) -> Tensor:
-    """`(codes - noise) * scale` of the kept entries, from the stored bytes alone, in NumPy."""
+    """`(levels - noise) * scale` of the kept entries, from the stored bytes alone, in NumPy."""
     in_features = shape[1]
     raw = tensors["weight_d8"].numpy().view(np.uint8)
     if "weight_d8_mask" in tensors:
@@ -105,7 +105,7 @@ def decoded_by_hand(tensors: dict[str, Tensor], fmt: ResidualFormat, shape: tupl
     codes = (bits.astype(np.int64) << np.arange(fmt.bits)).sum(-1)
     codes = np.where(codes >= 2 ** (fmt.bits - 1), codes - 2**fmt.bits, codes).astype(np.float64)
     dense = np.zeros(shape)
-    dense[mask] = codes.reshape(-1)
+    dense[mask] = codes.reshape(-1) + (0.0 if fmt.bits == 8 else 0.5)
     if fmt.rounding == "dithered":
         dense -= uniform_noise(shape, fmt.seed, module).numpy() * mask
     scale = tensors["weight_d8_scale"].double().numpy()
@@ -312,10 +312,10 @@ def test_an_entry_that_is_not_clipped_is_within_a_step(mixed: Path, original: di
         if f".layers.{layer}." not in module:
             continue
         tensors, fmt = stored(mixed, module), entry.format
-        step = tensors["weight_d8_scale"].double().abs().repeat_interleave(fmt.group_size, dim=1)
+        step = tensors["weight_d8_scale"].double().repeat_interleave(fmt.group_size, dim=1)
         step = step[:, : entry.in_features]
         lost = original[f"{module}.weight"].double() - w4(mixed, module).double()
-        reach = step * (2 ** (fmt.bits - 1) - 1)
+        reach = step * (127 if fmt.bits == 8 else 2 ** (fmt.bits - 1))
         error = (sidecar.correct(module, 1.0).double() - original[f"{module}.weight"].double()).abs()
         inside = lost.abs() <= reach
         assert inside.double().mean() > 0.8

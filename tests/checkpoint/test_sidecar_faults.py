@@ -291,7 +291,7 @@ FAULTS = [
     ),
     Fault("module_not_in_the_base", in_config_only, "model.layers.7.mlp.up_proj has a residual but no weight_packed"),
     # config.json
-    Fault("version_in_config", config(version=2), "config.json: srd_config.version is 2, this srd-modifier reads 1"),
+    Fault("version_in_config", config(version=3), "config.json: srd_config.version is 3, this srd-modifier reads 2"),
     Fault("alpha_out_of_range", config(alpha=1.5), "config.json: alpha is 1.5, expected a number from 0 to 1"),
     Fault("layer_alpha_out_of_range", config(layer_alphas={DENSE: 2}), f"config.json: layer_alphas.'{DENSE}'. is 2"),
     Fault("unknown_field_in_config", config(colour="blue"), "config.json: unknown residual setting 'colour'"),
@@ -310,7 +310,7 @@ FAULTS = [
     Fault("scale_dtype_changed", config(scale_dtype="float32"), rf"{INDEX_FILE}: {re.escape(BIG)} is .*bfloat16"),
     # the index
     Fault(
-        "version_in_index", index(lambda values: values["metadata"].update(version=2)), f"{INDEX_FILE}: version is 2"
+        "version_in_index", index(lambda values: values["metadata"].update(version=3)), f"{INDEX_FILE}: version is 3"
     ),
     Fault(
         "index_without_weight_map", index(lambda values: values.pop("weight_map")), f"{INDEX_FILE} has no weight_map"
@@ -345,8 +345,8 @@ FAULTS = [
     ),
     Fault(
         "format_malformed_in_index",
-        index(lambda values: values["metadata"]["formats"].update({DENSE: {"bits": 5}})),
-        f"{INDEX_FILE}: the format of {re.escape(DENSE)} is malformed: bits is 5",
+        index(lambda values: values["metadata"]["formats"].update({DENSE: {"bits": 7}})),
+        f"{INDEX_FILE}: the format of {re.escape(DENSE)} is malformed: bits is 7",
     ),
     Fault(
         "formats_a_list_in_index",
@@ -354,7 +354,7 @@ FAULTS = [
         f"{INDEX_FILE}: the format of {re.escape(BIG)} is malformed",
     ),
     # the metadata of a shard
-    Fault("version_in_shard", records(SECOND, lambda srd: srd.update(version=2)), f"{SHARD_2}: version is 2"),
+    Fault("version_in_shard", records(SECOND, lambda srd: srd.update(version=3)), f"{SHARD_2}: version is 3"),
     Fault("no_metadata", header(SECOND, lambda values: values.pop("__metadata__")), f"{SHARD_2} has no srd metadata"),
     Fault(
         "no_srd_in_metadata",
@@ -436,7 +436,7 @@ FAULTS = [
             records(SECOND, lambda srd, value=value: srd["modules"][DENSE].update(format=value)),
             f"{SHARD_2}: the metadata of {re.escape(DENSE)} is malformed",
         )
-        for value in (None, 5, "text", ["bits"], {"bits": 5}, {"colour": "blue"})
+        for value in (None, 5, "text", ["bits"], {"bits": 7}, {"colour": "blue"})
     ),
     *(
         Fault(

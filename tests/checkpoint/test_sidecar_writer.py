@@ -68,7 +68,7 @@ def test_the_index_has_the_hugging_face_shape(tmp_path: Path) -> None:
     write_all(tmp_path, max_shard_bytes=MAX_SHARD_BYTES)
     index = json.loads((tmp_path / INDEX_NAME).read_text())
     assert set(index) == {"metadata", "weight_map"}
-    assert index["metadata"]["version"] == 1
+    assert index["metadata"]["version"] == 2
     assert index["metadata"]["formats"] == {SPARSE_MODULE: SPARSE.to_dict()}
     assert index["metadata"]["total_size"] == sum(
         tensor.numel() * tensor.itemsize for encoded in ENCODED.values() for tensor in encoded.tensors().values()
@@ -91,7 +91,7 @@ def test_the_metadata_describes_every_module(tmp_path: Path) -> None:
         metadata = file.metadata()
     assert metadata["format"] == "pt"
     srd = json.loads(metadata[METADATA_KEY])
-    assert srd["version"] == 1
+    assert srd["version"] == 2
     assert tuple(srd["modules"]) == CORRECTED
     for module, record in srd["modules"].items():
         tensors = ENCODED[module].tensors()

@@ -30,7 +30,7 @@ def assert_same_base(directory: Path, alone: Path, read: Any) -> None:
         assert found[name].dtype == tensor.dtype, name
         assert torch.equal(found[name], tensor), name
     config = json.loads((directory / "config.json").read_text())
-    assert config.pop("srd_config")["version"] == 1
+    assert config.pop("srd_config")["version"] == 2
     assert config == json.loads((alone / "config.json").read_text())
 
 

@@ -150,7 +150,7 @@ def test_settings_reach_srd_config(quantize, make_recipe, tmp_path):
         name: settings[name] for name in ("alpha", "layer_alphas", "rounding", "density", "scale_dtype", "seed")
     }
     assert (config["bits"], config["group_size"]) == (3, 16)
-    assert (config["version"], config["sidecar"]) == (1, "srd/residual.safetensors.index.json")
+    assert (config["version"], config["sidecar"]) == (2, "srd/residual.safetensors.index.json")
 
 
 # --- several SRDModifiers in one recipe
@@ -390,7 +390,7 @@ SETTINGS = [
     ({"alpha": -0.1}, "alpha is -0.1, expected a number from 0 to 1"),
     ({"alpha": float("nan")}, "alpha is nan, expected a number from 0 to 1"),
     ({"layer_alphas": {"re:.*q_proj": 2.0}}, r"layer_alphas\['re:\.\*q_proj'\] is 2.0, expected a number from 0 to 1"),
-    ({"residual_bits": 5}, r"bits is 5, expected one of \(8, 4, 3, 2\)"),
+    ({"residual_bits": 7}, r"bits is 7, expected one of \(8, 6, 5, 4, 3, 2, 1\)"),
     ({"residual_bits": 0}, "bits is 0, expected"),
     ({"residual_group_size": 4}, "group_size is 4, expected 8 or more columns"),
     ({"residual_group_size": 0}, "group_size is 0, expected"),
@@ -421,7 +421,7 @@ def test_a_setting_out_of_range_is_a_validation_error_of_the_recipe(settings, me
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("residual_bits: 5", "bits is 5, expected one of"),
+        ("residual_bits: 7", "bits is 7, expected one of"),
         ("residual_bit: 4", "Extra inputs are not permitted"),
         ("correct: {chunks: [late]}", "chunk 'late' is unknown"),
     ],

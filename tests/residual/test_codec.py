@@ -4,10 +4,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from srd_modifier.residual import EncodedResidual, ResidualFormat, add_decoded_, codec, decode, encode
+from srd_modifier.residual import (
+    EncodedResidual,
+    ResidualFormat,
+    add_decoded_,
+    codec,
+    decode,
+    encode,
+    from_levels,
+    level_range,
+    nearest_levels,
+)
+from srd_modifier.residual.rounding import uniform_noise
 
 ROUNDINGS = ("nearest", "stochastic", "dithered")
-NARROW = (4, 3, 2)
+NARROW = (6, 5, 4, 3, 2, 1)
 BITS = (8, *NARROW)
 
 
@@ -28,14 +39,27 @@ def round_trip(residual: Tensor, fmt: ResidualFormat, key: str = "k", importance
 
 
 def entry_scale(encoded: EncodedResidual, fmt: ResidualFormat, in_features: int) -> Tensor:
-    """The scale of every entry, `[out, in]`, without its sign."""
+    """The scale of every entry, `[out, in]`."""
     columns = fmt.columns_per_group(in_features)
-    return encoded.scale.float().abs().repeat_interleave(columns, dim=1)[:, :in_features]
+    return encoded.scale.float().repeat_interleave(columns, dim=1)[:, :in_features]
 
 
 def group_sums(matrix: Tensor, fmt: ResidualFormat) -> Tensor:
     columns = fmt.columns_per_group(matrix.shape[1])
     return torch.stack([part.double().sum(1) for part in matrix.split(columns, dim=1)], dim=1)
+
+
+def all_levels(bits: int) -> Tensor:
+    """Every level a code can stand for, in the order of the codes; written out anew, from docs/format.md."""
+    if bits == 8:
+        return torch.arange(-127.0, 128.0)
+    return torch.tensor([code + 0.5 for code in range(-(2 ** (bits - 1)), 2 ** (bits - 1))])
+
+
+def nearest_of_all(steps: Tensor, bits: int) -> Tensor:
+    """The nearest level, found by comparing with every one."""
+    levels = all_levels(bits)
+    return levels[(steps.unsqueeze(-1) - levels).abs().argmin(-1)]
 
 
 def relative_error(residual: Tensor, decoded: Tensor) -> float:
@@ -119,22 +143,29 @@ def test_decode_of_8_bit_codes_written_by_hand() -> None:
     assert decoded.tolist() == [[-63.5, 0, 0.5, 1, 1.5, 2, 2.5, 3, 1.75, 31.75]]
 
 
-def test_decode_of_4_bit_codes_written_by_hand() -> None:
-    # low nibble first, two's complement; the scale of the second group is negative
-    decoded = by_hand([[0x78, 0x10, 0x2F, 0xE3, 0x78]], [[0.5, -2.0]], None, 4)
-    assert decoded.tolist() == [[-4, 3.5, 0, 0.5, -0.5, 1, 1.5, -1, 16, -14]]
-
-
-def test_decode_of_2_bit_codes_written_by_hand() -> None:
-    decoded = by_hand([[0b11100100, 0b00000001, 0b1011]], [[1.0, 1.0]], None, 2)
-    assert decoded.tolist() == [[0, 1, -2, -1, 1, 0, 0, 0, -1, -2]]
+@pytest.mark.parametrize(
+    ("bits", "codes", "expected"),
+    [
+        # two's complement from the lowest bits up, and every code stands for itself + 1/2; the scales are 2 and 4
+        (6, [0b11_100000, 0b0000_0111, 0b000001_00, 0b00_111110, 0b0000_0101, 0b000000_00, 0b11_100000, 0b0111],
+         [-63, 63, 1, 3, -3, 41, 1, 1, -126, 126]),
+        (5, [0b111_10000, 0b0_00001_01, 0b1110_0000, 0b10_00000_1, 0b00000_000, 0b111_10000, 0b01],
+         [-31, 31, 3, 1, -3, 1, 5, 1, -62, 62]),
+        (4, [0x78, 0x10, 0x2F, 0xE3, 0x78], [-15, 15, 1, 3, -1, 5, 7, -3, -30, 30]),
+        (3, [0b00_011_100, 0b0_111_001_0, 0b000_010_11, 0b011100], [-7, 7, 1, 3, -1, -3, 5, 1, -14, 14]),
+        (2, [0b11100100, 0b00000001, 0b1011], [1, 3, -3, -1, 3, 1, 1, 1, -2, -6]),
+        (1, [0b00110010, 0b10], [1, -1, 1, 1, -1, -1, 1, 1, 2, -2]),
+    ],
+)  # fmt: skip
+def test_decode_of_narrow_codes_written_by_hand(bits: int, codes: list[int], expected: list[float]) -> None:
+    assert by_hand([codes], [[2.0, 4.0]], None, bits).tolist() == [expected]
 
 
 def test_decode_of_sparse_codes_written_by_hand() -> None:
     # one row of codes fills the set bits of the mask in row-major order
     decoded = by_hand([[-8 & 15 | 3 << 4, 1]], [[0.5, 0.25], [1.0, 2.0]], [[0b10000001, 0], [0, 0b10]], 4)
     expected = torch.zeros(2, 10)
-    expected[0, 0], expected[0, 7], expected[1, 9] = -4.0, 1.5, 2.0
+    expected[0, 0], expected[0, 7], expected[1, 9] = -3.75, 1.75, 3.0
     assert torch.equal(decoded, expected)
 
 
@@ -303,7 +334,7 @@ def test_stochastic_is_right_on_average(bits: int, scale_dtype: str) -> None:
     errors = torch.stack([(round_trip(residual, fmt) - residual) / scale for fmt in formats]).double()
     # per entry the steps are Bernoulli: never more than a step off, with a variance of p (1 - p)
     assert errors.abs().max() <= 1 + 1e-4
-    steps = residual / scale
+    steps = residual / scale - all_levels(bits)[0]
     variance = ((steps - steps.floor()) * (steps.ceil() - steps)).double()
     assert (errors.mean(0).sum() / (variance.sum() / seeds).sqrt()).abs() < 4
     z = errors.mean(0)[variance > 0.01] / (variance[variance > 0.01] / seeds).sqrt()
@@ -352,17 +383,46 @@ def test_noisy_roundings_never_clip_the_extremes(bits: int, rounding: str, scale
     assert bool((error <= entry_scale(encoded, fmt, 128) * limit * (1 + 1e-4)).all())
 
 
+@pytest.mark.parametrize("rounding", ["stochastic", "dithered"])
+@pytest.mark.parametrize("bits", NARROW)
+def test_noisy_roundings_take_the_least_scale_that_covers(bits: int, rounding: str) -> None:
+    # the highest level is the extreme; dither needs no more, for its noise ends where the extreme's code does
+    residual = gaussian(64, 256)
+    exact = residual.reshape(64, 4, 64).abs().amax(-1).double() / float(all_levels(bits)[-1])
+    scale = encode(residual, ResidualFormat(bits=bits, rounding=rounding)).scale
+    below = (scale.view(torch.int16) - 1).view(torch.bfloat16)
+    assert bool((scale.double() >= exact * (1 - 1e-7)).all())
+    assert bool((below.double() < exact).all())
+
+
+@pytest.mark.parametrize("bits", NARROW)
+def test_noisy_codes_are_those_of_the_formula(bits: int) -> None:
+    residual = gaussian(16, 128)
+    noise = uniform_noise((16, 128), 5, "k").double()
+    for rounding in ("stochastic", "dithered"):
+        fmt = ResidualFormat(bits=bits, rounding=rounding, scale_dtype="float32", seed=5)
+        encoded = encode(residual, fmt, key="k")
+        scale = entry_scale(encoded, fmt, 128).double()
+        steps = residual.double() / scale
+        # to the level below or the one above, the latter with the share of the way that lies behind
+        below = (steps - 0.5).floor() + 0.5
+        level = torch.where(noise + 0.5 >= 1 - (steps - below), below + 1, below)
+        expected = level - noise if rounding == "dithered" else level
+        decoded = decode(encoded, fmt, in_features=128, key="k").double() / scale
+        off = (decoded - expected).abs() > 1e-4
+        assert off.sum() <= 1  # the extreme of a group may be an ulp beyond the highest level
+
+
 def test_nearest_error_follows_a_constant_residual_and_dithered_error_does_not() -> None:
     residual = torch.full((64, 64), 0.3)
-    residual[:, 0] = 7.0  # at 4 bits a step of 1 or a little more
+    residual[:, 0] = 7.5  # at 4 bits a step of 1
     error = {}
     for rounding in ("nearest", "dithered"):
         fmt = ResidualFormat(bits=4, rounding=rounding, scale_dtype="float32")
         error[rounding] = (round_trip(residual, fmt) - residual)[:, 1:]
     assert error["nearest"].unique().numel() == 1
-    assert error["nearest"].mean().abs() > 0.25
-    step = 7.0 / 6.5
-    assert error["dithered"].mean().abs() < 4 * step * (1 / 12 / (64 * 63)) ** 0.5
+    assert error["nearest"].mean().abs() > 0.15
+    assert error["dithered"].mean().abs() < 4 * (1 / 12 / (64 * 63)) ** 0.5
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
@@ -382,10 +442,17 @@ def test_nearest_has_the_least_error(bits: int, group_size: int) -> None:
         (8, "nearest", 0.0039),
         (8, "stochastic", 0.0055),
         (8, "dithered", 0.0039),
-        (4, "stochastic", 0.099),
-        (4, "dithered", 0.077),
-        (2, "stochastic", 0.69),
-        (2, "dithered", 0.99),
+        (6, "nearest", 0.0152),
+        (5, "nearest", 0.0306),
+        (4, "nearest", 0.0620),
+        (4, "stochastic", 0.0937),
+        (4, "dithered", 0.0663),
+        (3, "nearest", 0.1254),
+        (2, "nearest", 0.2531),
+        (2, "stochastic", 0.468),
+        (2, "dithered", 0.331),
+        (1, "nearest", 0.508),
+        (1, "dithered", 0.996),
     ],
 )
 def test_measured_relative_error(bits: int, rounding: str, figure: float) -> None:
@@ -394,58 +461,257 @@ def test_measured_relative_error(bits: int, rounding: str, figure: float) -> Non
     assert relative_error(residual, round_trip(residual, fmt)) == pytest.approx(figure, rel=0.02)
 
 
+# --- levels --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_range_of_the_levels(bits: int) -> None:
+    levels = all_levels(bits)
+    assert level_range(bits) == (float(levels[0]), float(levels[-1]))
+    assert len(levels) == (255 if bits == 8 else 2**bits)
+    assert torch.equal(levels, -levels.flip(0))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_nearest_level_is_the_nearest_of_all(bits: int) -> None:
+    steps = gaussian(50, 40, scale=2.0**bits / 3)
+    copy = steps.clone()
+    assert torch.equal(nearest_levels(steps, bits), nearest_of_all(steps, bits))
+    assert torch.equal(steps, copy)
+
+
+@pytest.mark.parametrize("bits", NARROW)
+def test_the_nearest_level_has_the_sign_of_the_smallest_number(bits: int) -> None:
+    assert nearest_levels(torch.tensor([-1e-30, 1e-30]), bits).tolist() == [-0.5, 0.5]
+
+
+@pytest.mark.parametrize("columns", [128, 100])
+@pytest.mark.parametrize("bits", BITS)
+def test_levels_are_stored_and_decoded_as_they_are(bits: int, columns: int) -> None:
+    fmt = ResidualFormat(bits=bits, scale_dtype="float32")
+    levels = all_levels(bits)[torch.randint(len(all_levels(bits)), (7, columns))]
+    scale = gaussian(7, 2).abs()
+    encoded = from_levels(levels, scale, fmt)
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in encoded.tensors().items()} == fmt.layout(7, columns)
+    assert torch.equal(
+        decode(encoded, fmt, in_features=columns), levels * scale.repeat_interleave(64, dim=1)[:, :columns]
+    )
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_sparse_levels_are_stored_and_decoded_as_they_are(bits: int) -> None:
+    fmt = ResidualFormat(bits=bits, density=0.25)
+    keep = torch.zeros(8, 64, dtype=torch.bool)
+    keep.view(-1)[torch.randperm(512, generator=torch.Generator().manual_seed(0))[:128]] = True
+    levels = all_levels(bits)[torch.randint(len(all_levels(bits)), (8, 64))]
+    scale = gaussian(8, 1).abs().bfloat16()
+    encoded = from_levels(levels, scale, fmt, keep)
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in encoded.tensors().items()} == fmt.layout(8, 64)
+    decoded = decode(encoded, fmt, in_features=64)
+    assert torch.equal(decoded, levels * keep * scale.float())
+    assert not decoded[~keep].any()
+
+
+@pytest.mark.parametrize("density", [1.0, 0.25])
+@pytest.mark.parametrize("bits", BITS)
+def test_the_nearest_levels_are_what_encode_stores(bits: int, density: float) -> None:
+    residual = gaussian(6, 100)
+    fmt = ResidualFormat(bits=bits, density=density)
+    encoded = encode(residual, fmt)
+    keep = mask_of(encoded, 100) if fmt.sparse else None
+    scale = entry_scale(encoded, fmt, 100)
+    steps = torch.where(scale == 0, 0, residual / scale)
+    again = from_levels(nearest_levels(steps, bits), encoded.scale, fmt, keep)
+    assert all(torch.equal(tensor, again.tensors()[name]) for name, tensor in encoded.tensors().items())
+
+
+def test_levels_of_another_scale_or_mask_are_refused() -> None:
+    levels, scale = torch.full((4, 64), 0.5), torch.ones(4, 1, dtype=torch.bfloat16)
+    dense, sparse = ResidualFormat(bits=4), ResidualFormat(bits=4, density=0.5)
+    half = torch.arange(64).expand(4, 64) < 32
+    from_levels(levels, scale, sparse, half)
+    for other in (scale.float(), scale.T, torch.cat([scale, scale], dim=1)):
+        with pytest.raises(ValueError, match=r"expected a scale torch.bfloat16 \(4, 1\), got torch"):
+            from_levels(levels, other, dense)
+    with pytest.raises(ValueError, match="expected 128 entries to keep, got 256"):
+        from_levels(levels, scale, sparse)
+    with pytest.raises(ValueError, match="expected 128 entries to keep, got 256"):
+        from_levels(levels, scale, sparse, torch.ones(4, 64, dtype=torch.bool))
+    with pytest.raises(ValueError, match="expected 256 entries to keep, got 128"):
+        from_levels(levels, scale, dense, half)
+
+
 # --- narrow codes: the search of the scale -------------------------------------------------------------------------
 
 
 def covering_error(residual: Tensor, fmt: ResidualFormat, importance: Tensor | None = None) -> Tensor:
     """Squared error of each group with scale `absmax / high`, with which no entry is clipped."""
-    high = 2 ** (fmt.bits - 1) - 1
+    high = float(all_levels(fmt.bits)[-1])
     parts = []
     for part in residual.split(fmt.columns_per_group(residual.shape[1]), dim=1):
         scale = part.abs().max(dim=1, keepdim=True).values / high
-        parts.append(torch.round(part / scale) * scale - part)
+        parts.append(nearest_of_all(part / scale, fmt.bits) * scale - part)
     error = torch.cat(parts, dim=1).square()
     return group_sums(error if importance is None else error * importance, fmt)
 
 
-@pytest.mark.parametrize("residual", [w4_residual(64, 512), gaussian(64, 500)], ids=["w4", "gaussian"])
-@pytest.mark.parametrize("group_size", [32, 64, -1])
-@pytest.mark.parametrize("bits", NARROW)
-def test_the_search_lowers_the_error_of_the_covering_scale(bits: int, group_size: int, residual: Tensor) -> None:
-    fmt = ResidualFormat(bits=bits, group_size=group_size, scale_dtype="float32")
-    error = group_sums((round_trip(residual, fmt) - residual).square(), fmt)
-    assert error.sum() < 0.95 * covering_error(residual, fmt).sum()
+def least_error(residual: Tensor, fmt: ResidualFormat, levels: Tensor, importance: Tensor | None = None) -> float:
+    """Error of a residual on any grid, with the best of 200 scales of either sign for every group."""
+    columns = fmt.columns_per_group(residual.shape[1])
+    weight = torch.ones(residual.shape[1]) if importance is None else importance
+    total = 0.0
+    for part, part_weight in zip(residual.split(columns, dim=1), weight.split(columns), strict=True):
+        least = torch.full((len(part),), torch.inf)
+        reach = part.abs().amax(-1, keepdim=True) / float(levels.max())
+        for fraction in torch.linspace(0.02, 1.1, 200).tolist():
+            for scale in (reach * fraction, -reach * fraction):
+                # the middles of neighbouring levels part them
+                found = levels[torch.bucketize(part / scale, (levels[1:] + levels[:-1]) / 2)]
+                least = torch.minimum(least, ((found * scale - part).square() * part_weight).sum(-1))
+        total += float(least.double().sum())
+    return total
 
 
-@pytest.mark.parametrize("residual", [w4_residual(64, 512), gaussian(64, 500)], ids=["w4", "gaussian"])
+RESIDUALS = {
+    "w4": w4_residual(64, 512),
+    "uniform": torch.rand(64, 512, generator=torch.Generator().manual_seed(0)) - 0.5,
+    "gaussian": gaussian(64, 512),
+}
+
+
+@pytest.mark.parametrize("kind", ["uniform", "gaussian"])
+@pytest.mark.parametrize("group_size", [32, 64, -1])
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_half_integers_have_less_error_than_twos_complement(bits: int, group_size: int, kind: str) -> None:
+    residual = RESIDUALS[kind]
+    fmt = ResidualFormat(bits=bits, group_size=group_size, scale_dtype="float32")
+    found = float((round_trip(residual, fmt) - residual).double().square().sum())
+    whole = all_levels(bits) - 0.5
+    reach, least = -float(whole.min()), torch.full((64, fmt.groups(512)), torch.inf).double()
+    for fraction in torch.linspace(0.02, reach / (reach - 1), 200).tolist():  # scales up to the covering one
+        parts = []
+        for part in residual.split(fmt.columns_per_group(512), dim=1):
+            scale = part.abs().amax(-1, keepdim=True) * fraction / reach
+            parts.append((part / scale).round().clamp(-reach, reach - 1) * scale - part)
+        least = torch.minimum(least, group_sums(torch.cat(parts, dim=1).square(), fmt))
+    assert found < float(least.sum())
+    # A scale with a sign gives the extra code to the larger extreme. That catches up on half-integers only where 3 or
+    # 4 bits meet the extremes of small Gaussian groups.
+    signed = least_error(residual, fmt, whole)
+    if bits == 2 or kind == "uniform":
+        assert found < signed
+    else:
+        assert found < 1.12 * signed
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", RESIDUALS)
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize(("bits", "excess"), [(6, 1.25), (5, 1.12), (4, 1.05), (3, 1.02), (2, 1.02), (1, 1.0001)])
+def test_the_search_comes_near_the_least_error(
+    bits: int, excess: float, group_size: int, kind: str, weighted: bool
+) -> None:
+    residual = RESIDUALS[kind][:16]
+    importance = gaussian(1, 512, seed=5, scale=1.0).exp().square().flatten() if weighted else torch.ones(512)
+    fmt = ResidualFormat(bits=bits, group_size=group_size, scale_dtype="float32")
+    decoded = round_trip(residual, fmt, importance=importance)
+    found = float(((decoded - residual).square() * importance).double().sum())
+    assert found < excess * least_error(residual, fmt, all_levels(bits), importance)
+
+
+@pytest.mark.parametrize("kind", RESIDUALS)
 @pytest.mark.parametrize("group_size", [32, 64, -1])
 @pytest.mark.parametrize("bits", NARROW)
-def test_the_search_is_in_no_group_worse_than_the_covering_scale(bits: int, group_size: int, residual: Tensor) -> None:
+def test_the_search_is_in_no_group_worse_than_the_covering_scale(bits: int, group_size: int, kind: str) -> None:
+    residual = RESIDUALS[kind]
     fmt = ResidualFormat(bits=bits, group_size=group_size, scale_dtype="float32")
     error = group_sums((round_trip(residual, fmt) - residual).square(), fmt)
-    worse = error > covering_error(residual, fmt) * (1 + 1e-4)
+    covering = covering_error(residual, fmt)
+    worse = error > covering * (1 + 1e-4)
     assert not worse.any(), f"{worse.double().mean():.1%} of the groups"
+    assert error.sum() < 0.99 * covering.sum()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("residual", [gaussian(64, 500), gaussian(64, 500).pow(5)], ids=["gaussian", "heavy tails"])
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_one_bit_is_the_sign_and_twice_the_mean_size(group_size: int, residual: Tensor, weighted: bool) -> None:
+    importance = torch.rand(500, generator=torch.Generator().manual_seed(5)) if weighted else torch.ones(500)
+    fmt = ResidualFormat(bits=1, group_size=group_size, scale_dtype="float32")
+    encoded = encode(residual, fmt, importance=importance)
+    weight = importance.expand(64, 500)
+    mean = group_sums(residual.abs() * weight, fmt) / group_sums(weight, fmt)
+    torch.testing.assert_close(encoded.scale.double(), 2 * mean, rtol=1e-5, atol=0.0)
+    assert torch.equal(decode(encoded, fmt, in_features=500) > 0, residual > 0)
 
 
 @pytest.mark.parametrize("bits", NARROW)
-def test_the_extra_code_goes_to_the_larger_extreme(bits: int) -> None:
+def test_levels_are_symmetric_and_scales_positive(bits: int) -> None:
     residual = gaussian(64, 128)
     fmt = ResidualFormat(bits=bits)
-    encoded = encode(residual, fmt)
-    groups = residual.reshape(64, 2, 64)
-    assert torch.equal(encoded.scale < 0, groups.amax(-1) > -groups.amin(-1))
-    assert torch.equal(round_trip(-residual, fmt), -round_trip(residual, fmt))
+    encoded, mirrored = encode(residual, fmt), encode(-residual, fmt)
+    assert bool((encoded.scale > 0).all())
+    assert torch.equal(encoded.scale, mirrored.scale)
+    assert torch.equal(decode(mirrored, fmt, in_features=128), -decode(encoded, fmt, in_features=128))
+
+
+@pytest.mark.parametrize("bits", NARROW)
+def test_an_entry_that_is_not_clipped_is_within_half_a_step(bits: int) -> None:
+    residual = gaussian(32, 200)
+    fmt = ResidualFormat(bits=bits)
+    scale = entry_scale(encode(residual, fmt), fmt, 200)
+    decoded = round_trip(residual, fmt)
+    assert torch.equal(decoded, nearest_of_all(residual / scale, bits) * scale)
+    inside = residual.abs() <= scale * 2 ** (bits - 1)
+    assert inside.float().mean() > 0.5
+    assert bool(((decoded - residual).abs() <= scale / 2 * (1 + 1e-4))[inside].all())
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("bits", NARROW)
+def test_the_padding_of_the_last_group_does_not_count(bits: int, weighted: bool) -> None:
+    residual = gaussian(16, 44)
+    importance = torch.rand(44, generator=torch.Generator().manual_seed(5)) if weighted else None
+    padded, whole = ResidualFormat(bits=bits, group_size=64), ResidualFormat(bits=bits, group_size=44)
+    assert torch.equal(
+        encode(residual, padded, importance=importance).scale, encode(residual, whole, importance=importance).scale
+    )
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("bits", NARROW)
+def test_dropped_entries_do_not_count(bits: int, weighted: bool) -> None:
+    residual = gaussian(16, 64)
+    importance = torch.rand(64, generator=torch.Generator().manual_seed(5)) if weighted else None
+    sparse = ResidualFormat(bits=bits, density=0.25, scale_dtype="float32")
+    encoded = encode(residual, sparse, importance=importance)
+    keep = mask_of(encoded, 64)
+    for row in range(16):
+        dense = ResidualFormat(bits=bits, group_size=-1, scale_dtype="float32")
+        kept = residual[row : row + 1, keep[row]]
+        alone = encode(kept, dense, importance=None if importance is None else importance[keep[row]])
+        torch.testing.assert_close(encoded.scale[row], alone.scale[0], rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("bits", NARROW)
+def test_a_group_that_saw_no_input_is_searched_without_importance(bits: int) -> None:
+    residual = gaussian(8, 100)
+    importance = torch.ones(100)
+    importance[64:] = 0
+    fmt = ResidualFormat(bits=bits)
+    assert torch.equal(encode(residual, fmt, importance=importance).scale, encode(residual, fmt).scale)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, -1])
 @pytest.mark.parametrize("bits", NARROW)
-def test_importance_lowers_the_weighted_error_of_every_group(bits: int, group_size: int) -> None:
+def test_importance_lowers_the_weighted_error(bits: int, group_size: int) -> None:
     residual = w4_residual(32, 512)
     importance = gaussian(1, 512, seed=5, scale=1.0).exp().square().flatten()
     fmt = ResidualFormat(bits=bits, group_size=group_size, scale_dtype="float32")
     plain = group_sums((round_trip(residual, fmt) - residual).square() * importance, fmt)
     weighted = group_sums((round_trip(residual, fmt, importance=importance) - residual).square() * importance, fmt)
-    assert bool((weighted <= plain * (1 + 1e-4)).all())
+    # not in every group: least squares may take the second best candidate further than the best one
+    assert (weighted <= plain * 1.0001).double().mean() > (0.999 if bits == 1 else 0.8)
     assert weighted.sum() < 0.99 * plain.sum()
 
 
@@ -542,7 +808,8 @@ def test_sparse_round_trip(bits: int, rounding: str, density: float) -> None:
     steps = ((decoded - residual).abs() / entry_scale(encoded, fmt, 150))[keep]
     if rounding != "nearest" or bits == 8:  # a searched scale may clip
         assert steps.max() <= (1.0 if rounding == "stochastic" else 0.5) * (1 + 1e-4)
-    assert relative_error(residual[keep], decoded[keep]) < {8: 0.02, 4: 0.2, 3: 0.4, 2: 1.1}[bits]
+    most = {8: 0.02, 6: 0.05, 5: 0.1, 4: 0.2, 3: 0.4, 2: 0.8, 1: 1.7}[bits]
+    assert relative_error(residual[keep], decoded[keep]) < most
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)

@@ -9,7 +9,7 @@ from srd_modifier.errors import ConfigError, SRDError
 from srd_modifier.residual import WHOLE_ROW, ResidualFormat
 
 BAD_FIELDS = [
-    ("bits", 5, r"bits is 5, expected one of \(8, 4, 3, 2\)"),
+    ("bits", 7, r"bits is 7, expected one of \(8, 6, 5, 4, 3, 2, 1\)"),
     ("bits", 0, "bits is 0"),
     ("bits", 16, "bits is 16"),
     ("bits", "8", "bits is '8'"),
@@ -78,8 +78,8 @@ def test_from_dict_names_the_unknown_key_and_the_known_ones() -> None:
 
 
 def test_from_dict_checks_the_values_too() -> None:
-    with pytest.raises(ConfigError, match="bits is 6"):
-        ResidualFormat.from_dict({"bits": 6})
+    with pytest.raises(ConfigError, match="bits is 7"):
+        ResidualFormat.from_dict({"bits": 7})
 
 
 def test_frozen_and_keyword_only() -> None:
@@ -120,6 +120,9 @@ def test_only_a_density_below_one_is_sparse() -> None:
         ({"bits": 4}, (torch.uint8, (5, 50)), (torch.bfloat16, (5, 2)), None),
         ({"bits": 3, "group_size": -1}, (torch.uint8, (5, 38)), (torch.bfloat16, (5, 1)), None),
         ({"bits": 2}, (torch.uint8, (5, 25)), (torch.bfloat16, (5, 2)), None),
+        ({"bits": 6}, (torch.uint8, (5, 75)), (torch.bfloat16, (5, 2)), None),
+        ({"bits": 5}, (torch.uint8, (5, 63)), (torch.bfloat16, (5, 2)), None),
+        ({"bits": 1}, (torch.uint8, (5, 13)), (torch.bfloat16, (5, 2)), None),
         ({"density": 0.1}, (torch.int8, (1, 50)), (torch.bfloat16, (5, 2)), (torch.uint8, (5, 13))),
         ({"density": 0.1, "bits": 3}, (torch.uint8, (1, 19)), (torch.bfloat16, (5, 2)), (torch.uint8, (5, 13))),
     ],
@@ -137,6 +140,7 @@ def test_layout_of_5_by_100(settings: dict[str, Any], codes: object, scale: obje
         ({"scale_dtype": "float32"}, 8.5),
         ({"bits": 4}, 4.25),
         ({"bits": 2, "group_size": 128}, 2.125),
+        ({"bits": 1, "group_size": 32}, 1.5),
         ({"bits": 4, "density": 0.25}, 2.25),
     ],
     ids=str,

@@ -37,6 +37,8 @@ def matrices(draw: st.DrawFn) -> tuple[list[list[int]], int]:
         ([1, 2, 3], 2, [0b00111001]),
         ([1, 2, 3, 4, 5, 6, 7, 0], 3, [0b11010001, 0b01011000, 0b00011111]),
         ([1, 2, 15], 4, [0x21, 0x0F]),
+        ([1, 2, 31, 16], 5, [0b010_00001, 0b0_11111_00, 0b1000]),
+        ([1, 2, 63, 32, 5], 6, [0b10_000001, 0b1111_0000, 0b100000_11, 0b000101]),
     ],
 )
 def test_bytes_written_by_hand(values: list[int], bits: int, packed: list[int]) -> None:
@@ -87,10 +89,10 @@ def test_strided_input(bits: int) -> None:
     assert torch.equal(unpack(wide[:, ::2], bits, 6), values)
 
 
-@pytest.mark.parametrize("bits", [0, 5, 8, -1])
+@pytest.mark.parametrize("bits", [0, 7, 8, -1])
 def test_width_that_cannot_be_packed(bits: int) -> None:
     values = torch.zeros(1, 8, dtype=torch.uint8)
-    message = rf"bits is {bits}, expected one of \(1, 2, 3, 4\)"
+    message = rf"bits is {bits}, expected one of \(1, 2, 3, 4, 5, 6\)"
     with pytest.raises(ValueError, match=message):
         pack(values, bits)
     with pytest.raises(ValueError, match=message):

@@ -260,7 +260,7 @@ def test_a_config_object_can_be_used_again(finished_checkpoint, by_hand, assert_
     for _ in range(2):
         model = AutoModelForCausalLM.from_pretrained(finished_checkpoint, config=config)
         assert_weights(model, by_hand(finished_checkpoint).weights())
-    assert config.srd_config["version"] == 1
+    assert config.srd_config["version"] == 2
 
 
 def test_a_checkpoint_without_a_residual_loads_as_ever(finished_checkpoint, plain, logits, tmp_path):
@@ -370,7 +370,8 @@ DAMAGE = {
         lambda d, other: shutil.copytree(other / "srd", d / "srd", dirs_exist_ok=True),
         "srd_config promises it|belongs to another base|residual.safetensors.index.json",
     ),
-    "newer-version": (lambda d, _: edit(d / "config.json", version=2), "version is 2, this srd-modifier reads 1"),
+    "newer-version": (lambda d, _: edit(d / "config.json", version=3), "version is 3, .* reads 2; upgrade"),
+    "older-version": (lambda d, _: edit(d / "config.json", version=1), "version is 1, .* reads 2; quantize again"),
     "unknown-setting": (lambda d, _: edit(d / "config.json", colour="red"), "unknown residual setting 'colour'"),
     "module-promised-in-vain": (
         lambda d, _: edit(d / "config.json", modules=["model.layers.9.mlp.up_proj"]),
