@@ -4,19 +4,26 @@ correct: all                              every quantized module (the default)
 correct: {depth: [0.40, 0.77]}            decoder layers by depth
 correct: {chunks: [early, reasoning]}     named ranges of depth
 correct: {targets: ['re:.*down_proj']}    module names and patterns
+correct: {budget: 13MB}                   what lowers the damage most within a size (12.5MiB, 5.5bpw, bytes)
+correct: {max_divergence: 1e-3}           the fewest bytes within a mean KL divergence
+
+The last two take all modules: which of them get what is decided once the damage of each is known.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from srd_modifier.errors import ConfigError
+from srd_modifier.selection.budget import Budget, parse_budget
 from srd_modifier.selection.depth import CHUNKS, check_chunks, count_layers, in_range
 from srd_modifier.selection.patterns import matches, matches_any
 
 Choice = str | Mapping[str, Any]
 
 ALL = "all"
-_KINDS = ("depth", "chunks", "targets")
+_LISTS = ("depth", "chunks", "targets")
+_BUDGETS = ("budget", "max_divergence")
+_KINDS = (*_LISTS, *_BUDGETS)
 
 
 def check_choice(choice: Choice) -> Choice:
@@ -29,9 +36,12 @@ def check_choice(choice: Choice) -> Choice:
         return choice
     if not isinstance(choice, Mapping) or len(choice) != 1 or next(iter(choice)) not in _KINDS:
         raise ConfigError(
-            f"correct is {choice!r}, expected 'all' or one of {{depth: ...}}, {{chunks: ...}}, {{targets: ...}}"
+            f"correct is {choice!r}, expected 'all' or one of {', '.join(f'{{{kind}: ...}}' for kind in _KINDS)}"
         )
     ((kind, value),) = choice.items()
+    if kind in _BUDGETS:
+        budget_of(choice)
+        return choice
     if isinstance(value, str) or not isinstance(value, Sequence) or not value:
         raise ConfigError(f"correct.{kind} is {value!r}, expected a list")
     if kind == "depth":
@@ -43,8 +53,19 @@ def check_choice(choice: Choice) -> Choice:
     return choice
 
 
+def budget_of(choice: Choice) -> Budget | None:
+    """The budget that the choice gives, or None if it names modules.
+
+    Raises:
+        ConfigError: the value is not a budget.
+    """
+    if not isinstance(choice, Mapping) or (kind := next(iter(choice))) not in _BUDGETS:
+        return None
+    return parse_budget(kind, choice[kind], field=f"correct.{kind}")
+
+
 def choose(names: Sequence[str], choice: Choice, *, model_names: Sequence[str]) -> list[str]:
-    """The names that the choice takes, in their own order.
+    """The names that the choice takes, in their own order; a budget takes all.
 
     Args:
         names: modules that may be corrected.
@@ -54,7 +75,7 @@ def choose(names: Sequence[str], choice: Choice, *, model_names: Sequence[str]) 
     Raises:
         ConfigError: the choice takes nothing, or a target matches none of the names.
     """
-    if choice == ALL:
+    if choice == ALL or budget_of(choice) is not None:
         return list(names)
     assert isinstance(choice, Mapping)
     ((kind, value),) = choice.items()

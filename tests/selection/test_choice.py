@@ -3,7 +3,8 @@ from typing import Any
 import pytest
 
 from srd_modifier.errors import ConfigError
-from srd_modifier.selection.choice import check_choice, choose
+from srd_modifier.selection.budget import Budget
+from srd_modifier.selection.choice import budget_of, check_choice, choose
 
 LINEARS = [
     f"model.layers.{layer}.{module}"
@@ -70,6 +71,40 @@ def test_the_input_is_not_handed_out() -> None:
     assert chosen is not LINEARS
 
 
+@pytest.mark.parametrize(
+    ("choice", "budget"),
+    [
+        ({"budget": "13MB"}, Budget(bytes=13_000_000)),
+        ({"budget": 4096}, Budget(bytes=4096)),
+        ({"budget": "5.5bpw"}, Budget(bits_per_weight=5.5)),
+        ({"max_divergence": 1e-3}, Budget(max_divergence=0.001)),
+        ({"max_divergence": "1e-3"}, Budget(max_divergence=0.001)),
+    ],
+    ids=str,
+)
+def test_a_budget_takes_all_until_it_is_spent(choice: Any, budget: Budget) -> None:
+    assert check_choice(choice) is choice
+    assert budget_of(choice) == budget
+    names = [*LINEARS, "lm_head"]
+    assert choose(names, choice, model_names=MODEL) == names
+    assert choose(names, choice, model_names=MODEL) is not names
+
+
+@pytest.mark.parametrize("choice", ["all", {"depth": [0.0, 0.5]}, {"chunks": ["early"]}, {"targets": ["lm_head"]}])
+def test_other_choices_have_no_budget(choice: Any) -> None:
+    assert budget_of(choice) is None
+
+
+def test_all_kinds_are_in_the_message() -> None:
+    message = (
+        "correct is 'everything', expected 'all' or one of {depth: ...}, {chunks: ...}, {targets: ...}, "
+        "{budget: ...}, {max_divergence: ...}"
+    )
+    with pytest.raises(ConfigError) as raised:
+        check_choice("everything")
+    assert str(raised.value) == message
+
+
 BAD_CHOICES: list[tuple[Any, str]] = [
     ("everything", r"correct is 'everything', expected 'all' or one of \{depth: \.\.\.\}, \{chunks: \.\.\.\}"),
     ("", "correct is ''"),
@@ -100,6 +135,12 @@ BAD_CHOICES: list[tuple[Any, str]] = [
     ({"depth": [40, 77]}, "correct.depth is"),
     ({"depth": ["0.4", "0.77"]}, "correct.depth is"),
     ({"depth": [False, True]}, "correct.depth is"),
+    ({"budget": "13 apples"}, "correct.budget is '13 apples', expected a size such as 13MB or 12.5MiB"),
+    ({"budget": 0}, "correct.budget is 0, expected"),
+    ({"budget": [13]}, r"correct.budget is \[13\], expected"),
+    ({"budget": "13MB", "chunks": ["early"]}, "correct is .*expected 'all' or one of"),
+    ({"max_divergence": "13MB"}, "correct.max_divergence is '13MB', expected a number above 0 such as 1e-3"),
+    ({"max_divergence": None}, "correct.max_divergence is None, expected"),
 ]
 
 
