@@ -6,6 +6,8 @@ base        the W4A16 model: its tensors, its digest, its weights in float32
 writer      the sidecar's files, laid out in advance and written module by module
 sidecar     the sidecar of a checkpoint, verified, decoded module by module
 save        base and sidecar bound together in one directory
+sensitivity the predicted damage of every module, bound to its checkpoint
+trim        a smaller sidecar, cut out of a larger one
 merge       the corrected weights as an ordinary dense checkpoint
 sizes       bytes on disk and bits per weight
 atomic      directories and files that appear whole or not at all

@@ -16,6 +16,7 @@ VERSION = 2
 CONFIG_KEY = "srd_config"
 SIDECAR_INDEX = "srd/residual.safetensors.index.json"
 IMPORTANCE = "srd/importance.safetensors"
+SENSITIVITY = "srd/sensitivity.json"
 
 
 @dataclass(frozen=True, kw_only=True)

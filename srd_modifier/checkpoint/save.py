@@ -13,11 +13,13 @@ from srd_modifier.checkpoint.base import BaseCheckpoint
 from srd_modifier.checkpoint.config import (
     CONFIG_KEY,
     IMPORTANCE,
+    SENSITIVITY,
     SIDECAR_INDEX,
     SRDConfig,
     read_json,
     read_model_config,
 )
+from srd_modifier.checkpoint.sensitivity import Sensitivity, sensitivity_file
 from srd_modifier.checkpoint.writer import INDEX_NAME
 from srd_modifier.errors import CheckpointError
 from srd_modifier.residual import ResidualFormat
@@ -33,6 +35,7 @@ def attach_sidecar(
     layer_alphas: Mapping[str, float] | None = None,
     importance: Mapping[str, Tensor] | None = None,
     base_digests: Mapping[str, str] | None = None,
+    sensitivity: Sensitivity | None = None,
 ) -> SRDConfig:
     """Put a written sidecar beside the W4A16 model in `directory`, and srd_config into its config.json.
 
@@ -45,10 +48,15 @@ def attach_sidecar(
         layer_alphas: written to srd_config.
         importance: mean squared input by module, float32 `[in_features]`.
         base_digests: SHA-256 of the base tensors that the residuals were taken against, by name.
+        sensitivity: the predicted damage of every quantized module.
 
     Raises:
         CheckpointError: a base tensor on disk is not the one its residual was taken against.
+        ConfigError: the sensitivity is that of other residuals.
     """
+    modules = tuple(modules)
+    if sensitivity is not None:
+        sensitivity.check_covers(modules)
     base = BaseCheckpoint(directory)
     digests = base.tensor_digests()
     for name, digest in (base_digests or {}).items():
@@ -71,12 +79,16 @@ def attach_sidecar(
             index = read_json(file)
             index["metadata"]["base_digest"] = base_digest
             _write_json(folder / file.name, index)
+            if sensitivity is not None:
+                residual_digest = index["metadata"]["residual_digest"]
+                values = sensitivity_file(sensitivity, base_digest=base_digest, residual_digest=residual_digest)
+                _write_json(directory / SENSITIVITY, values)
         else:
             link_or_copy(file, folder / file.name)
     if importance:
         save_file({f"{name}.importance": value for name, value in importance.items()}, directory / IMPORTANCE)
     config = SRDConfig(
-        modules=tuple(modules),
+        modules=modules,
         format=fmt,
         alpha=alpha,
         layer_alphas=dict(layer_alphas or {}),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from srd_modifier.checkpoint.base import BaseCheckpoint
-from srd_modifier.checkpoint.config import IMPORTANCE, VERSION, SRDConfig, read_json, read_srd_config
+from srd_modifier.checkpoint.config import IMPORTANCE, SENSITIVITY, VERSION, SRDConfig, read_json, read_srd_config
 from srd_modifier.checkpoint.shards import DTYPE_NAMES, Shard
 from srd_modifier.checkpoint.writer import METADATA_KEY, ResidualEntry, records_digest
 from srd_modifier.errors import CheckpointError, ConfigError
@@ -98,11 +98,11 @@ class Sidecar:
         return add_decoded_(weight, encoded, self.entries[module].format, key=module, alpha=alpha).to(dtype)
 
     def files(self) -> list[Path]:
-        """Every file of the sidecar, the importance included."""
+        """Every file of the sidecar, importance and sensitivity included."""
         paths = {shard.path for shard in self._shards.values()}
         paths.add(self.directory / self.config.sidecar)
-        if (self.directory / IMPORTANCE).is_file():
-            paths.add(self.directory / IMPORTANCE)
+        guides = (self.directory / name for name in (IMPORTANCE, SENSITIVITY))
+        paths.update(path for path in guides if path.is_file())
         return sorted(paths)
 
     def verify(self) -> None:

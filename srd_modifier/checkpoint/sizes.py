@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from srd_modifier.checkpoint.base import BaseCheckpoint
-from srd_modifier.checkpoint.config import read_srd_config
+from srd_modifier.checkpoint.config import IMPORTANCE, read_srd_config
 from srd_modifier.checkpoint.sidecar import Sidecar
 from srd_modifier.selection.depth import layer_of
 
@@ -16,7 +16,8 @@ class CheckpointSize:
     """What a checkpoint costs.
 
     Attributes:
-        bytes_on_disk: of the files that hold weights: the base, and the residual tensors that are used.
+        bytes_on_disk: of the files that hold weights, headers included: the base, and the residual where all of it
+            is used; where only a part is, the tensors of that part.
         bits_per_weight: bits of the quantized Linear weights over their number: codes, scales, zero points,
             shapes, residual codes, residual scales and masks. For a dense model, of its decoder layers' matrices.
         quantized_weights: number of those weights.
@@ -45,9 +46,15 @@ def measure(directory: Path | str, *, corrected: Collection[str] | None = None) 
         size = sum(info.end - info.start for info in matrices)
     if read_srd_config(directory) is not None and (corrected is None or corrected):
         sidecar = Sidecar.open(directory)
-        used = sum(
-            entry.bytes() for module, entry in sidecar.entries.items() if corrected is None or module in corrected
-        )
-        total += used
-        size += used
+        used = set(sidecar.entries) if corrected is None else sidecar.entries.keys() & set(corrected)
+        tensors = sum(sidecar.entries[module].bytes() for module in used)
+        size += tensors
+        # a part of the residual has no files of its own
+        total += tensors if len(used) < len(sidecar.entries) else _residual_files(sidecar)
     return CheckpointSize(total, 8 * size / weights if weights else math.nan, weights)
+
+
+def _residual_files(sidecar: Sidecar) -> int:
+    """Bytes of the files with residual tensors; not of the index, as that of the base is not counted either."""
+    shards = [path for path in sidecar.files() if path.suffix == ".safetensors"]
+    return sum(path.stat().st_size for path in shards if path != sidecar.directory / IMPORTANCE)

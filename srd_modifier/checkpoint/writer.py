@@ -231,6 +231,11 @@ class _ShardFile:
         return len(encoded).to_bytes(8, "little") + encoded
 
 
+def header_bytes(entries: Mapping[str, ResidualEntry]) -> int:
+    """Bytes before the tensors of a file that holds these modules."""
+    return _ShardFile(Path(), dict(entries))._data_start
+
+
 def records_digest(records: Mapping[str, Mapping[str, Any]]) -> str:
     """SHA-256 over the shape, format and digests of every module: one line for a whole sidecar."""
     return "sha256:" + hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()

@@ -161,9 +161,12 @@ def _rows(report: "Report") -> list[tuple[str, str]]:
         rows += [
             ("reference", str(report.reference)),
             ("KLD mean", f"{divergence.kld_mean:.3e} ± {divergence.kld_stderr:.1e} nats"),
+            *_predicted(report),
             ("KLD median, p99", f"{divergence.kld_median:.3e}, {divergence.kld_p99:.3e} nats"),
             ("equal top-1", f"{divergence.top1_agreement:.2%}"),
         ]
+    else:
+        rows += _predicted(report)
     if report.alpha is not None:
         rows.append(("alpha", f"{report.alpha:g}"))
         rows.append(("chunks", "all" if report.chunks is None else ", ".join(report.chunks)))
@@ -172,3 +175,12 @@ def _rows(report: "Report") -> list[tuple[str, str]]:
         rows.append(("bits per weight", f"{report.bits_per_weight:.3f}"))
     rows.append(("computed in", f"{report.dtype}, {report.seconds:.1f} s"))
     return rows
+
+
+def _predicted(report: "Report") -> list[tuple[str, str]]:
+    """What the calibration foresaw, to be read beside what was measured."""
+    if report.predicted_kld is None:
+        return []
+    ratio = report.predicted_ratio
+    beside = "" if ratio is None else f", {ratio:.3g} times the measured"
+    return [("KLD predicted", f"{report.predicted_kld:.3e} nats{beside}")]

@@ -2,19 +2,26 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from srd_modifier.checkpoint.sensitivity import Sensitivity
     from srd_modifier.checkpoint.summary import Summary
 
 
 def inspect(
     directory: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare it with its digest.")] = False,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Show what divergence each module is predicted to cause.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the sensitivity as a heat map: FILE.svg or FILE.png.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Show the settings and the bytes of a checkpoint; its sidecar is always checked against srd_config."""
@@ -22,15 +29,85 @@ def inspect(
     from srd_modifier.checkpoint.summary import summarize
 
     summary = summarize(directory)
+    measured = _require_sensitivity(directory) if sensitivity or plot is not None else None
     if verify:
         Sidecar.open(directory).verify()
+    if plot is not None and measured is not None:
+        from srd_modifier.evaluation.heatmap import draw_heatmap
+
+        draw_heatmap(measured, plot)
     if as_json:
-        typer.echo(json.dumps(summary.as_json() | ({"verified": True} if verify else {}), indent=2))
+        values = summary.as_json() | ({"verified": True} if verify else {})
+        if measured is not None:
+            values["sensitivity"] = _sensitivity_json(measured, _residual_bytes(directory))
+        typer.echo(json.dumps(values, indent=2))
         return
     console = Console()
     console.print(table(summary))
+    if sensitivity and measured is not None:
+        console.print(_sensitivity_table(measured, _residual_bytes(directory)))
+    if plot is not None:
+        console.print(f"wrote {plot}", soft_wrap=True)
     if verify:
         console.print("verified: base and residual match their digests")
+
+
+def _require_sensitivity(directory: Path) -> "Sensitivity":
+    from srd_modifier.checkpoint.config import SENSITIVITY
+    from srd_modifier.checkpoint.sensitivity import read_sensitivity
+    from srd_modifier.errors import CheckpointError
+
+    found = read_sensitivity(directory)
+    if found is None:
+        raise CheckpointError(
+            f"{directory / SENSITIVITY} is missing, so nothing is predicted; quantize with `sensitivity: gradient` in "
+            "the SRDModifier recipe"
+        )
+    return found
+
+
+def _residual_bytes(directory: Path) -> dict[str, int]:
+    from srd_modifier.checkpoint.sidecar import Sidecar
+
+    return {module: entry.bytes() for module, entry in Sidecar.open(directory).entries.items()}
+
+
+def _sensitivity_json(measured: "Sensitivity", residual_bytes: dict[str, int]) -> dict[str, Any]:
+    values = measured.to_dict()
+    for name, numbers in values["modules"].items():
+        numbers["residual_bytes"] = residual_bytes.get(name, 0)
+    return {
+        "predicted_kld_w4": measured.predicted({}),
+        "predicted_kld": measured.predicted(dict.fromkeys(residual_bytes, 1.0)),
+        **values,
+    }
+
+
+def _sensitivity_table(measured: "Sensitivity", residual_bytes: dict[str, int]) -> Table:
+    """One row for each module, the most damaged first, and their totals."""
+    rows = Table(
+        title=f"Predicted damage in nats per token, by {measured.method} on {measured.tokens:,} tokens",
+        caption="removed per byte: what the residual takes off the damage, for each byte of it",
+        title_justify="left",
+        caption_justify="left",
+    )
+    rows.add_column("module", overflow="fold")
+    for heading in ("W4", "corrected", "residual bytes", "removed per byte"):
+        rows.add_column(heading, justify="right")
+    for name, module in sorted(measured.modules.items(), key=lambda item: -item[1].w4):
+        size = residual_bytes.get(name, 0)
+        if module.corrected is None:
+            rows.add_row(name, f"{module.w4:.3e}", "-", "-", "-")
+        else:
+            rows.add_row(
+                name, f"{module.w4:.3e}", f"{module.corrected:.3e}", f"{size:,}", f"{module.removed / size:.3e}"
+            )
+    plain, corrected = measured.predicted({}), measured.predicted(dict.fromkeys(residual_bytes, 1.0))
+    size = sum(residual_bytes.values())
+    per_byte = f"{(plain - corrected) / size:.3e}" if size else "-"
+    rows.add_section()
+    rows.add_row("all", f"{plain:.3e}", f"{corrected:.3e}", f"{size:,}", per_byte)
+    return rows
 
 
 def table(summary: "Summary") -> Table:

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from srd_modifier._version import __version__
+from srd_modifier.checkpoint.base import BaseCheckpoint
+from srd_modifier.checkpoint.config import module_alphas, read_srd_config
+from srd_modifier.checkpoint.sensitivity import read_sensitivity
 from srd_modifier.checkpoint.sizes import measure
 from srd_modifier.errors import SRDError
 from srd_modifier.evaluation.load import LoadedModel, load
@@ -62,6 +65,7 @@ def evaluate_text(
     candidate = load(name, alpha=alpha, chunks=chunks, dtype=dtype, device=device)
     original = None if reference is None else load(reference, dtype=dtype, device=device)
     size = measure(candidate.directory, corrected=candidate.corrected)
+    predicted = _predicted_divergence(candidate.directory, alpha=alpha, chunks=chunks)
     tokens = _shared_tokens(text, candidate, original, max_tokens=max_tokens)
     for model in (candidate, original):
         if model is not None:
@@ -92,6 +96,7 @@ def evaluate_text(
         chunks=candidate.chunks,
         seconds=seconds,
         versions=library_versions(),
+        predicted_kld=predicted,
     )
 
 
@@ -103,6 +108,14 @@ def library_versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{library: importlib.metadata.version(library) for library in libraries},
     }
+
+
+def _predicted_divergence(directory: Path, *, alpha: float | None, chunks: Sequence[str] | None) -> float | None:
+    """What the checkpoint's sensitivity says of the residual as it is applied, `None` where there is none."""
+    config, sensitivity = read_srd_config(directory), read_sensitivity(directory)
+    if config is None or sensitivity is None:
+        return None
+    return sensitivity.predicted(module_alphas(config, BaseCheckpoint(directory).layers, alpha=alpha, chunks=chunks))
 
 
 def _shared_tokens(

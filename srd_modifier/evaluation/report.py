@@ -27,6 +27,8 @@ class Report:
         chunks: Chunks whose residual was applied, `None` for all or for a model without one.
         seconds: Time spent scoring, loading excluded.
         versions: Installed version of each library that the figures depend on.
+        predicted_kld: The divergence that the checkpoint's sensitivity predicts with the residual as it was applied,
+            `None` where it has no sensitivity.
     """
 
     model: str
@@ -42,11 +44,19 @@ class Report:
     chunks: tuple[str, ...] | None
     seconds: float
     versions: dict[str, str]
+    predicted_kld: float | None = None
 
     @property
     def bits_per_weight(self) -> float | None:
         """Bits per Linear weight of the decoder layers, `None` where no such weight could be told by its name."""
         return None if math.isnan(self.size.bits_per_weight) else self.size.bits_per_weight
+
+    @property
+    def predicted_ratio(self) -> float | None:
+        """Predicted over measured divergence, `None` where one of the two is missing or nothing was lost."""
+        if self.predicted_kld is None or self.divergence is None or self.divergence.kld_mean <= 0:
+            return None
+        return self.predicted_kld / self.divergence.kld_mean
 
     def as_json(self) -> dict[str, Any]:
         """The flat object that `--json` writes. Without a reference the divergence keys are absent."""
@@ -56,6 +66,8 @@ class Report:
             "text": {"path": self.text_path, "sha256": self.text_sha256},
             **asdict(self.perplexity),
             **({} if self.divergence is None else asdict(self.divergence)),
+            "predicted_kld": self.predicted_kld,
+            "predicted_ratio": self.predicted_ratio,
             "bytes_on_disk": self.size.bytes_on_disk,
             "bits_per_weight": self.bits_per_weight,
             "convention": self.rule.convention.value,

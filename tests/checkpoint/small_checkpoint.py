@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from srd_modifier.checkpoint.save import attach_sidecar
+from srd_modifier.checkpoint.sensitivity import ModuleSensitivity, Sensitivity
 from srd_modifier.checkpoint.writer import ResidualEntry, SidecarWriter
 from srd_modifier.errors import CheckpointError
 from srd_modifier.residual import EncodedResidual, ResidualFormat, encode
@@ -37,6 +38,16 @@ BIG, DENSE, SPARSE_MODULE, UNCORRECTED = SHAPES
 CORRECTED = (BIG, DENSE, SPARSE_MODULE)
 FORMATS = {BIG: DEFAULT, DENSE: DEFAULT, SPARSE_MODULE: SPARSE}
 ENTRIES = {module: ResidualEntry(*SHAPES[module], FORMATS[module]) for module in CORRECTED}
+DAMAGES = Sensitivity(
+    method="gradient",
+    tokens=4096,
+    modules={
+        BIG: ModuleSensitivity(w4=8e-3, corrected=2e-5, mixed=1e-5, output=0.5),
+        DENSE: ModuleSensitivity(w4=2e-3, corrected=1e-5, mixed=-1e-5, output=0.25),
+        SPARSE_MODULE: ModuleSensitivity(w4=1e-3, corrected=4e-4, mixed=2e-4),
+        UNCORRECTED: ModuleSensitivity(w4=5e-4, output=1.0),
+    },
+)
 MAX_SHARD_BYTES = 250_000  # BIG has one file, the two others share the second
 
 INDEX = "srd/residual.safetensors.index.json"
@@ -99,12 +110,12 @@ def write_sidecar(folder: Path, seed: int = 0) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def write_checkpoint(directory: Path, scratch: Path, seed: int = 0) -> Path:
+def write_checkpoint(directory: Path, scratch: Path, seed: int = 0, *, sensitivity: Sensitivity | None = None) -> Path:
     """Base and sidecar, bound together."""
     write_base(directory, seed)
     files = write_sidecar(scratch, seed)
     importance = {module: torch.rand(SHAPES[module][1]) for module in CORRECTED}
-    attach_sidecar(directory, files, modules=CORRECTED, fmt=DEFAULT, importance=importance)
+    attach_sidecar(directory, files, modules=CORRECTED, fmt=DEFAULT, importance=importance, sensitivity=sensitivity)
     shutil.rmtree(scratch)
     return directory
 

@@ -185,8 +185,14 @@ class PreparedCapture:
     def files(self) -> list[Path]:
         return sorted(self._folder.iterdir())
 
+    def settle(self, directory: Path) -> None:
+        """There is no budget to spend."""
+
     def importance(self) -> dict[str, Any]:
         return {}
+
+    def sensitivity(self) -> None:
+        return None
 
 
 @pytest.fixture

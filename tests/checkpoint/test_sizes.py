@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_checkpoint import BIG, CORRECTED, DENSE, FIRST, SECOND, SHAPES, SPARSE_MODULE, edit_json, read_header
+from small_checkpoint import (
+    BIG,
+    CORRECTED,
+    DENSE,
+    FIRST,
+    SECOND,
+    SHAPES,
+    SPARSE_MODULE,
+    UNCORRECTED,
+    edit_json,
+    read_header,
+)
 
 from srd_modifier.checkpoint.sizes import measure
 from srd_modifier.errors import CheckpointError
@@ -35,6 +46,11 @@ def residual_bytes(directory: Path, modules: list[str] | tuple[str, ...]) -> int
     return sum(size for name, size in sizes.items() if name.rpartition(".")[0] in modules)
 
 
+def residual_headers(directory: Path) -> int:
+    paths = (directory / "srd").glob("residual*.safetensors")
+    return sum(path.stat().st_size - len(read_header(path)[1]) for path in paths)
+
+
 # --- the small checkpoint --------------------------------------------------------------------------------------------
 
 
@@ -48,7 +64,8 @@ def test_by_hand(small_template: Path) -> None:
     found = measure(small_template)
     assert found.quantized_weights == sum(weights.values())
     assert found.bits_per_weight == 8 * (base + residual) / sum(weights.values())
-    assert found.bytes_on_disk == (small_template / "model.safetensors").stat().st_size + residual
+    files = [small_template / name for name in ("model.safetensors", FIRST, SECOND)]
+    assert found.bytes_on_disk == sum(path.stat().st_size for path in files)
 
 
 @pytest.mark.parametrize(
@@ -63,20 +80,26 @@ def test_counts_the_modules_that_are_used(small_template: Path, corrected: Any) 
     size = base_bytes(small_template, list(SHAPES)) + residual_bytes(small_template, used)
     assert found.bits_per_weight == 8 * size / weights
     assert found.quantized_weights == weights
+    headers = residual_headers(small_template) if set(used) == set(CORRECTED) else 0
     file_size = (small_template / "model.safetensors").stat().st_size
-    assert found.bytes_on_disk == file_size + residual_bytes(small_template, used)
+    assert found.bytes_on_disk == file_size + residual_bytes(small_template, used) + headers
 
 
 def test_takes_a_directory_by_its_name(small_template: Path) -> None:
     assert measure(str(small_template)) == measure(small_template)
 
 
-def test_the_sizes_on_disk_are_those_of_the_files(small_template: Path) -> None:
-    """All that the count leaves out is the headers of the residual's files."""
-    files = [small_template / name for name in ("model.safetensors", FIRST, SECOND)]
-    left_out = sum(path.stat().st_size for path in files) - measure(small_template).bytes_on_disk
-    headers = sum(path.stat().st_size - len(read_header(path)[1]) for path in files[1:])
-    assert left_out == headers
+def test_the_size_of_the_whole_is_that_of_its_files(small: Path) -> None:
+    """Headers included; importance and sensitivity hold no weights and are not counted, and nor is the index."""
+    files = [small / name for name in ("model.safetensors", FIRST, SECOND)]
+    (small / "srd" / "sensitivity.json").write_text("{}")
+    assert (small / "srd" / "importance.safetensors").is_file()
+    assert measure(small).bytes_on_disk == sum(path.stat().st_size for path in files)
+
+
+def test_modules_that_have_no_residual_do_not_count_as_used(small_template: Path) -> None:
+    assert measure(small_template, corrected=list(SHAPES)) == measure(small_template)
+    assert measure(small_template, corrected=[UNCORRECTED]) == measure(small_template, corrected=[])
 
 
 def test_a_w4_model_has_no_residual(small: Path) -> None:
@@ -113,7 +136,8 @@ def test_w4_and_d8_of_groups_of_32(finished_checkpoint: Path) -> None:
     assert corrected.bits_per_weight == pytest.approx(4 + 16 / 32 + 8 + 16 / 32 + shapes)
     assert plain.bits_per_weight == 8 * base_bytes(finished_checkpoint, modules) / weights
     assert corrected.quantized_weights == plain.quantized_weights == weights
-    assert corrected.bytes_on_disk - plain.bytes_on_disk == residual_bytes(finished_checkpoint, modules)
+    residual = residual_bytes(finished_checkpoint, modules) + residual_headers(finished_checkpoint)
+    assert corrected.bytes_on_disk - plain.bytes_on_disk == residual
     assert plain.bytes_on_disk == (finished_checkpoint / "model.safetensors").stat().st_size
 
 

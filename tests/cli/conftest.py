@@ -1,5 +1,6 @@
 """`srd` as users call it: in this process, where that is enough, and in one of its own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 from tqdm import tqdm
 
 from srd_modifier import cli
+from srd_modifier.checkpoint.config import SENSITIVITY, read_srd_config
+from srd_modifier.checkpoint.sensitivity import ModuleSensitivity, Sensitivity, sensitivity_file
 from srd_modifier.cli import _quiet
 
 
@@ -65,3 +68,20 @@ def srd_process() -> Callable[..., Done]:
         return Done(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture
+def sensitive(checkpoint: Path) -> Path:
+    """A checkpoint with a sensitivity: the later the module, the more damage, of which 1% is left with a residual."""
+    config = read_srd_config(checkpoint)
+    assert config is not None
+    damages = {name: number * 1e-4 for number, name in enumerate(config.modules, 1)}
+    sensitivity = Sensitivity(
+        method="gradient",
+        tokens=4096,
+        modules={name: ModuleSensitivity(w4=w4, corrected=w4 / 100, mixed=0.0) for name, w4 in damages.items()},
+    )
+    digest = json.loads((checkpoint / config.sidecar).read_text())["metadata"]["residual_digest"]
+    values = sensitivity_file(sensitivity, base_digest=config.base_digest, residual_digest=digest)
+    (checkpoint / SENSITIVITY).write_text(json.dumps(values))
+    return checkpoint

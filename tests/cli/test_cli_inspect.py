@@ -4,7 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from srd_modifier.checkpoint.sensitivity import read_sensitivity
+from srd_modifier.checkpoint.sidecar import Sidecar
 from srd_modifier.checkpoint.summary import summarize
+from srd_modifier.checkpoint.trim import trim
+from srd_modifier.selection.budget import Budget
 
 RESIDUAL = "srd/residual-00001-of-00001.safetensors"
 
@@ -148,3 +152,73 @@ def test_what_is_no_checkpoint_is_a_sentence(srd, tmp_path, name):
     (tmp_path / "file").write_text("text")
     (tmp_path / "empty").mkdir()
     assert f"{tmp_path / name}/config.json" in srd("inspect", tmp_path / name).sentence
+
+
+# --- sensitivity -----------------------------------------------------------------------------------------------------
+
+
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.count("│") == 6]
+
+
+def test_modules_are_listed_by_their_damage(srd, sensitive):
+    done = srd("inspect", sensitive, "--sensitivity")
+    assert (done.status, done.stderr) == (0, "")
+    sensitivity, sidecar = read_sensitivity(sensitive), Sidecar.open(sensitive)
+    *rows, total = cells(done.stdout)
+    expected = []
+    for name, module in sorted(sensitivity.modules.items(), key=lambda item: item[1].w4, reverse=True):
+        size = sidecar.entries[name].bytes()
+        removed = (module.w4 - module.corrected) / size
+        expected.append([name, f"{module.w4:.3e}", f"{module.corrected:.3e}", f"{size:,}", f"{removed:.3e}"])
+    assert rows == expected
+    # 1 + 2 + ... + 42
+    bytes_ = summarize(sensitive).residual_bytes
+    assert total == ["all", "9.030e-02", "9.030e-04", f"{bytes_:,}", f"{9.030e-2 * 0.99 / bytes_:.3e}"]
+    assert "by gradient on 4,096 tokens" in done.stdout
+
+
+def test_a_module_without_a_residual_has_no_corrected_damage(srd, sensitive, tmp_path):
+    trim(sensitive, tmp_path / "trimmed", Budget(bits_per_weight=6.0))
+    dropped = [row for row in cells(srd("inspect", tmp_path / "trimmed", "--sensitivity").stdout) if row[2] == "-"]
+    assert dropped
+    assert all(row[2:] == ["-", "-", "-"] for row in dropped)
+    assert {row[0] for row in dropped}.isdisjoint(Sidecar.open(tmp_path / "trimmed").entries)
+
+
+def test_json_includes_the_sensitivity(srd, sensitive):
+    found = strict_json(srd("inspect", sensitive, "--sensitivity", "--json").stdout)["sensitivity"]
+    assert found["predicted_kld_w4"] == pytest.approx(9.03e-2)
+    assert found["predicted_kld"] == pytest.approx(9.03e-4)
+    assert (found["method"], found["tokens"], len(found["modules"])) == ("gradient", 4096, 42)
+    name, module = next(iter(Sidecar.open(sensitive).entries.items()))
+    assert found["modules"][name] == {"w4": 1e-4, "corrected": 1e-6, "mixed": 0.0, "residual_bytes": module.bytes()}
+    assert "sensitivity" not in strict_json(srd("inspect", sensitive, "--json").stdout)
+
+
+@pytest.mark.parametrize(("name", "start"), [("map.svg", b"<?xml"), ("map.png", b"\x89PNG")])
+def test_a_heat_map_is_drawn(srd, sensitive, tmp_path, name, start):
+    done = srd("inspect", sensitive, "--sensitivity", "--plot", tmp_path / name)
+    assert (done.status, done.stderr) == (0, "")
+    assert (tmp_path / name).read_bytes().startswith(start)
+    assert done.stdout.splitlines()[-1] == f"wrote {tmp_path / name}"
+
+
+@pytest.mark.parametrize("options", [["--sensitivity"], ["--sensitivity", "--json"], ["--plot", "x.svg"]], ids=" ".join)
+def test_without_a_sensitivity_it_is_a_sentence(srd, finished_checkpoint, options):
+    assert srd("inspect", finished_checkpoint, *options).sentence == (
+        f"{finished_checkpoint / 'srd' / 'sensitivity.json'} is missing, so nothing is predicted; "
+        "quantize with `sensitivity: gradient` in the SRDModifier recipe"
+    )
+
+
+def test_a_plot_of_another_format_is_a_sentence(srd, sensitive, tmp_path):
+    assert srd("inspect", sensitive, "--plot", tmp_path / "map.pdf").sentence == (
+        f"{tmp_path / 'map.pdf'}: cannot be drawn, expected a file name that ends in .svg or .png"
+    )
+
+
+def test_a_sensitivity_of_another_checkpoint_is_a_sentence(srd, sensitive):
+    path = sensitive / "srd" / "sensitivity.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_digest": "sha256:0"}))
+    assert "belongs to another checkpoint (base_digest differs)" in srd("inspect", sensitive, "--sensitivity").sentence

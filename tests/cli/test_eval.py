@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,29 @@ def test_the_table_says_how_it_was_measured(app, calls):
         "12.500",
     ):
         assert expected in output
+
+
+def with_report(monkeypatch, **changes):
+    monkeypatch.setattr("srd_modifier.evaluation.evaluate.evaluate_text", lambda *_, **__: replace(REPORT, **changes))
+
+
+def test_the_prediction_is_shown_beside_the_measured_divergence(app, monkeypatch):
+    with_report(monkeypatch, predicted_kld=0.0006)
+    lines = run(app, "model", "--text", "text.txt").stdout.splitlines()
+    (row,) = [number for number, line in enumerate(lines) if "KLD predicted" in line]
+    assert "6.000e-04 nats, 1.2 times the measured" in lines[row]
+    assert "KLD mean" in lines[row - 1]
+
+
+def test_without_a_reference_the_prediction_stands_alone(app, monkeypatch):
+    with_report(monkeypatch, predicted_kld=0.0006, divergence=None, reference=None)
+    output = run(app, "model", "--text", "text.txt").stdout
+    assert "6.000e-04 nats" in output
+    assert "times the measured" not in output
+
+
+def test_without_a_sensitivity_nothing_is_predicted(app, calls):
+    assert "predicted" not in run(app, "model", "--text", "text.txt").stdout
 
 
 def test_json_to_stdout_is_json_and_nothing_else(app, calls):

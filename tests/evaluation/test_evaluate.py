@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from srd_modifier.checkpoint.save import attach_sidecar
+from srd_modifier.checkpoint.sensitivity import ModuleSensitivity, Sensitivity
 from srd_modifier.checkpoint.writer import ResidualEntry, SidecarWriter
-from srd_modifier.errors import ConfigError, SRDError
+from srd_modifier.errors import CheckpointError, ConfigError, SRDError
 from srd_modifier.evaluation import evaluate as evaluate_module
 from srd_modifier.evaluation.evaluate import evaluate_text
 from srd_modifier.evaluation.windows import Convention
@@ -69,7 +71,7 @@ def test_a_model_against_another(make_directory, prose):
     assert report.divergence.top1_agreement < 0.5
 
 
-def test_a_residual_brings_a_compressed_model_back(compressed, make_directory, prose, tmp_path):
+def test_a_residual_brings_a_compressed_model_back(compressed, make_directory, edit_config, prose, tmp_path):
     def measure(**options):
         return evaluate_text(
             str(compressed.directory),
@@ -88,7 +90,15 @@ def test_a_residual_brings_a_compressed_model_back(compressed, make_directory, p
     writer.write(compressed.module, encode(compressed.original - compressed.dequantized, fmt))
     writer.finish(fmt)
     files = sorted((tmp_path / "sidecar").iterdir())
-    attach_sidecar(compressed.directory, files, modules=[compressed.module], fmt=fmt)
+    sensitivity = Sensitivity(
+        method="gradient",
+        tokens=64,
+        modules={
+            compressed.module: ModuleSensitivity(w4=0.5, corrected=0.01, mixed=0.02),
+            "model.layers.0.mlp.up_proj": ModuleSensitivity(w4=0.25),
+        },
+    )
+    attach_sidecar(compressed.directory, files, modules=[compressed.module], fmt=fmt, sensitivity=sensitivity)
 
     # The module is in the second of two layers, at depth 0.5: in the reasoning chunk and not in the early one.
     full, off, elsewhere = measure(), measure(alpha=0.0), measure(chunks=["early"])
@@ -98,6 +108,28 @@ def test_a_residual_brings_a_compressed_model_back(compressed, make_directory, p
     assert full.size.bits_per_weight == pytest.approx(plain.size.bits_per_weight + 8 + 16 / 16)
     assert measure(chunks=["reasoning"]).divergence == full.divergence
     assert (full.alpha, off.alpha, plain.alpha, elsewhere.chunks) == (1.0, 0.0, None, ("early",))
+
+    # the prediction follows what is applied: the dial, the chunks, and the checkpoint's own alphas
+    assert (plain.predicted_kld, full.predicted_kld) == (None, 0.26)
+    assert off.predicted_kld == elsewhere.predicted_kld == 0.75
+    half = 0.25 * 0.5 + 0.5 * 0.02 + 0.25 * 0.01 + 0.25
+    assert measure(alpha=0.5).predicted_kld == pytest.approx(half)
+    config = json.loads((compressed.directory / "config.json").read_text())["srd_config"]
+    edit_config(compressed.directory, srd_config={**config, "layer_alphas": {"re:.*layers.1": 0.5}})
+    assert measure().predicted_kld == pytest.approx(half)
+    assert full.as_json()["predicted_ratio"] == pytest.approx(0.26 / full.divergence.kld_mean)
+
+
+def test_a_broken_sensitivity_is_noticed_before_scoring(compressed, prose, tmp_path, monkeypatch):
+    fmt = ResidualFormat(group_size=16)
+    writer = SidecarWriter(tmp_path / "sidecar", {compressed.module: ResidualEntry(*compressed.original.shape, fmt)})
+    writer.write(compressed.module, encode(compressed.original - compressed.dequantized, fmt))
+    writer.finish(fmt)
+    attach_sidecar(compressed.directory, sorted((tmp_path / "sidecar").iterdir()), modules=[compressed.module], fmt=fmt)
+    (compressed.directory / "srd" / "sensitivity.json").write_text("{}")
+    monkeypatch.setattr(evaluate_module, "score_tokens", None)
+    with pytest.raises(CheckpointError, match=r"sensitivity.json: version is None"):
+        evaluate_text(str(compressed.directory), prose, ctx=32, max_tokens=100)
 
 
 def test_llamacpp_puts_the_bos_that_the_tokenizer_adds(make_directory, prose, monkeypatch):

@@ -2,6 +2,8 @@ import json
 import math
 from dataclasses import replace
 
+import pytest
+
 from srd_modifier.checkpoint.sizes import CheckpointSize
 from srd_modifier.evaluation.report import Report
 from srd_modifier.evaluation.scores import Divergence, Perplexity
@@ -39,6 +41,8 @@ def test_json_is_flat_and_complete():
         "kld_p99": 4.0,
         "kld_stderr": 0.125,
         "top1_agreement": 0.75,
+        "predicted_kld": None,
+        "predicted_ratio": None,
         "bytes_on_disk": 1000,
         "bits_per_weight": 12.5,
         "convention": "sliding",
@@ -63,3 +67,16 @@ def test_bits_that_are_not_defined_are_null():
     unknown = replace(REPORT, size=CheckpointSize(1000, math.nan, 0))
     assert unknown.bits_per_weight is None
     assert json.loads(json.dumps(unknown.as_json(), allow_nan=False))["bits_per_weight"] is None
+
+
+def test_a_prediction_stands_beside_the_measured_divergence():
+    predicted = replace(REPORT, predicted_kld=0.6)
+    assert predicted.predicted_ratio == 0.6 / 0.5
+    values = predicted.as_json()
+    assert (values["predicted_kld"], values["predicted_ratio"]) == (0.6, 0.6 / 0.5)
+
+
+@pytest.mark.parametrize("divergence", [None, Divergence(0.0, 0.0, 0.0, 0.0, 1.0)], ids=["no-reference", "equal"])
+def test_without_a_divergence_there_is_no_ratio(divergence):
+    values = replace(REPORT, predicted_kld=0.6, divergence=divergence).as_json()
+    assert (values["predicted_kld"], values["predicted_ratio"]) == (0.6, None)
