@@ -7,6 +7,9 @@ Pure functions on tensors. Nothing here reads a file, knows a module, or imports
     levels      what a code stands for: whole numbers at 8 bits, half-integers below
     packing     integers of 1 to 6 bits to bytes and back
     rounding    nearest, stochastic and subtractive dither, with reproducible noise
+    hessian     Hessian: what a layer's inputs say about the cost of an error, and the factor that spreads it
+    feedback    levels by error feedback and descent, group scales by least squares, under a Hessian
+    calibrated  encode_calibrated() and quantize_base(): residuals and W4 codes chosen by the layer's output
 
 >>> import torch
 >>> from srd_modifier.residual import ResidualFormat, decode, encode
@@ -17,19 +20,25 @@ Pure functions on tensors. Nothing here reads a file, knows a module, or imports
 True
 """
 
+from srd_modifier.residual.calibrated import QuantizedBase, encode_calibrated, quantize_base
 from srd_modifier.residual.codec import EncodedResidual, add_decoded_, concatenate_rows, decode, encode, from_levels
 from srd_modifier.residual.format import WHOLE_ROW, ResidualFormat
+from srd_modifier.residual.hessian import Hessian
 from srd_modifier.residual.levels import level_range, nearest_levels
 
 __all__ = [
     "WHOLE_ROW",
     "EncodedResidual",
+    "Hessian",
+    "QuantizedBase",
     "ResidualFormat",
     "add_decoded_",
     "concatenate_rows",
     "decode",
     "encode",
+    "encode_calibrated",
     "from_levels",
     "level_range",
     "nearest_levels",
+    "quantize_base",
 ]

@@ -54,7 +54,7 @@ def encode(
 
     Args:
         residual: `[out, in]`, any floating dtype; computed in float32 on its own device.
-        fmt: width, group size, rounding, density, scale dtype, seed.
+        fmt: width, group size, rounding (not `feedback`), density, scale dtype, seed.
         key: the module's name; it selects the noise of `stochastic` and `dithered`.
         importance: `[in]`, mean squared input of each column. Weighs the errors in the scale search and in
             the choice of the entries to keep.
@@ -63,8 +63,13 @@ def encode(
         Codes, scales and mask on the residual's device.
 
     Raises:
-        ValueError: the residual is not a matrix or not finite.
+        ValueError: the residual is not a matrix or not finite, or the rounding is `feedback`.
     """
+    if fmt.rounding == "feedback":
+        raise ValueError(
+            "rounding 'feedback' needs the Hessian of the layer's inputs, which encode() does not have; "
+            "encode_calibrated() does it"
+        )
     if residual.dim() != 2 or residual.numel() == 0:
         raise ValueError(f"expected a residual [out_features, in_features], got shape {tuple(residual.shape)}")
     out_features, in_features = residual.shape

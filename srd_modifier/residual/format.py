@@ -12,7 +12,7 @@ WHOLE_ROW = -1
 """Group size of one scale per output row."""
 
 BITS = (8, 6, 5, 4, 3, 2, 1)
-ROUNDINGS = ("nearest", "stochastic", "dithered")
+ROUNDINGS = ("nearest", "stochastic", "dithered", "feedback")
 
 # float16 is left out on purpose: S8 is about S4 / 250, below float16's normal range for real models, where its step is
 # a fixed 6e-8. With weights of standard deviation 0.02 it adds 0.3 % to the residual's error and bfloat16 1.2 %, but
@@ -32,6 +32,8 @@ class ResidualFormat:
             one scale per row.
         rounding: `nearest` has the least error. `stochastic` is unbiased. `dithered` adds uniform noise
             before rounding and removes it on decoding, so that the error is independent of the residual.
+            `feedback` is an encoder's choice and decodes exactly like `nearest`: codes and scales are chosen
+            by what they do to the layer's output, which takes the layer's Hessian (`encode_calibrated`).
         density: share of entries that are kept, in (0, 1]; below 1 a bitmask says which.
         scale_dtype: `bfloat16` or `float32`.
         seed: of the noise of `stochastic` and `dithered`; the module's name is mixed in.
@@ -100,7 +102,10 @@ class ResidualFormat:
 
     @property
     def rows_are_independent(self) -> bool:
-        """Whether encoding some rows on their own gives the same codes: no noise to draw, no entries to choose."""
+        """Whether `encode` of some rows on their own gives the same codes: no noise to draw, no entries to choose.
+
+        False for `feedback`, which `encode` cannot do at all.
+        """
         return self.rounding == "nearest" and not self.sparse
 
     def columns_per_group(self, in_features: int) -> int:

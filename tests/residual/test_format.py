@@ -22,7 +22,7 @@ BAD_FIELDS = [
     ("group_size", 64.0, r"group_size is 64\.0"),
     ("group_size", "64", "group_size is '64'"),
     ("group_size", None, "group_size is None"),
-    ("rounding", "up", r"rounding is 'up', expected one of \('nearest', 'stochastic', 'dithered'\)"),
+    ("rounding", "up", r"rounding is 'up', expected one of \('nearest', 'stochastic', 'dithered', 'feedback'\)"),
     ("rounding", None, "rounding is None"),
     ("rounding", ["nearest"], "rounding is "),
     ("density", 0.0, r"density is 0\.0, expected above 0 and at most 1"),
