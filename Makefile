@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
-BENCHMARKS ?= benchmarks.rounding benchmarks.quality benchmarks.oneshot_cost benchmarks.load_time
+BENCHMARKS ?= benchmarks.rounding benchmarks.quality benchmarks.oneshot_cost benchmarks.sensitivity_cost benchmarks.load_time
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast lint format bench clean
+.PHONY: help venv demo test test-fast lint format bench bench-quality clean
 
 help:
 	@echo "make demo       quantize the small model in examples/ and compare it with its original"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-fast  the tests that take a few seconds at most"
 	@echo "make lint       ruff and mypy; make format lets ruff rewrite the files"
 	@echo "make bench      measure: $(BENCHMARKS)"
+	@echo "make bench-quality  only divergence against bytes, beside K-quants and GPTQ: the table and plot of the README"
 	@echo "make venv       only build the environment in $(VENV)"
 	@echo "make clean      remove caches and build products, but not $(VENV)"
 
@@ -60,6 +61,9 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench-quality: $(INSTALLED)
+	$(BIN)/python -m benchmarks.quality $(QUALITY)
 
 bench: $(INSTALLED)
 	set -e; for module in $(BENCHMARKS); do echo "== $$module"; $(BIN)/python -m $$module; done

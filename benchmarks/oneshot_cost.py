@@ -4,6 +4,12 @@
 
 Every run is a process of its own, saving included; the two recipes run in turn and the ratios are medians over the
 pairs. Models: tiny-llama, and random weights in the shapes of SmolLM2-135M and (round-to-nearest only) SmolLM2-1.7B.
+
+    rtn        SRDModifier's int8 residual against round-to-nearest alone
+    gptq       the same beside GPTQModifier
+    feedback   a 4-bit residual with error feedback beside GPTQModifier, against GPTQModifier alone
+    own        SRDModifier's own W4 with feedback and a 4-bit residual, against GPTQModifier alone
+    budget     the same with 5.5 bits per weight spent by sensitivity, all candidates encoded
 """
 
 import argparse
@@ -13,7 +19,11 @@ from pathlib import Path
 from benchmarks.models import SCHEME, TINY_LLAMA, write_random
 from benchmarks.process import alternate, measure, median, print_cost, ratio
 
-_CASES = ("tiny-llama/rtn", "tiny-llama/gptq", "smollm2-135m/rtn", "smollm2-135m/gptq", "smollm2-1.7b/rtn")
+_CASES = (
+    *(f"tiny-llama/{base}" for base in ("rtn", "gptq", "feedback", "own", "budget")),
+    *(f"smollm2-135m/{base}" for base in ("rtn", "gptq", "feedback", "own", "budget")),
+    "smollm2-1.7b/rtn",
+)
 _SAMPLES = 32
 _LENGTH = 256
 
@@ -40,9 +50,21 @@ def worker(model: str, base: str, with_srd: bool, output: str) -> None:
         data = {}
         recipe = [SRDModifier(**SCHEME) if with_srd else QuantizationModifier(**SCHEME)]
     else:
-        spool = str(Path(output).parent)
-        recipe = [*([SRDModifier(ignore=["lm_head"], spool_dir=spool)] if with_srd else []), GPTQModifier(**SCHEME)]
+        srd = {
+            "gptq": {},
+            "feedback": {"residual_bits": 4, "rounding": "feedback"},
+            "own": {**SCHEME, "base_rounding": "feedback", "residual_bits": 4, "rounding": "feedback"},
+            "budget": {**SCHEME, "base_rounding": "feedback", "correct": {"budget": "5.5bpw"}},
+        }[base]
+        modifier = SRDModifier(ignore=["lm_head"], spool_dir=str(Path(output).parent), **_without_ignore(srd))
+        recipe = [GPTQModifier(**SCHEME)] if not with_srd else [modifier]
+        if with_srd and not modifier.quantizes_itself:
+            recipe.append(GPTQModifier(**SCHEME))
     print_cost(measure(lambda: oneshot(model=model, recipe=recipe, output_dir=output, **data)))
+
+
+def _without_ignore(settings: dict) -> dict:
+    return {name: value for name, value in settings.items() if name != "ignore"}
 
 
 def main() -> None:

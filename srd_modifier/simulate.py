@@ -55,6 +55,8 @@ def fake_quantize_(
     fmt = ResidualFormat(
         bits=bits, group_size=group_size, rounding=rounding, density=density, scale_dtype=scale_dtype, seed=seed
     )
+    if rounding == "feedback":
+        raise ConfigError("rounding is 'feedback', which needs calibration data; quantize with a recipe instead")
     check_alphas(alpha, layer_alphas)
     ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     linears = {

@@ -242,3 +242,8 @@ def test_nothing_is_left_to_quantize(model: nn.Module) -> None:
 def test_a_model_without_linear_modules() -> None:
     with pytest.raises(ConfigError, match="no Linear module of Sequential is left to quantize"):
         fake_quantize_(nn.Sequential(nn.Embedding(4, 4)))
+
+
+def test_feedback_is_for_recipes():
+    with pytest.raises(ConfigError, match="rounding is 'feedback', which needs calibration data"):
+        fake_quantize_(nn.Sequential(nn.Linear(64, 8)), rounding="feedback")

@@ -7,6 +7,7 @@ writer      the sidecar's files, laid out in advance and written module by modul
 sidecar     the sidecar of a checkpoint, verified, decoded module by module
 save        base and sidecar bound together in one directory
 sensitivity the predicted damage of every module, bound to its checkpoint
+spending    what a budget leaves for the residual, and what a residual takes of it
 trim        a smaller sidecar, cut out of a larger one
 merge       the corrected weights as an ordinary dense checkpoint
 sizes       bytes on disk and bits per weight

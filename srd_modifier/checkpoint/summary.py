@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from srd_modifier.checkpoint.base import BaseCheckpoint
-from srd_modifier.checkpoint.config import IMPORTANCE, read_srd_config
+from srd_modifier.checkpoint.config import IMPORTANCE, module_alphas, read_srd_config
+from srd_modifier.checkpoint.sensitivity import read_sensitivity
 from srd_modifier.checkpoint.sidecar import Sidecar
 from srd_modifier.selection.depth import CHUNKS, chunk_of
 
@@ -43,6 +44,9 @@ class Summary:
         bits_per_weight_w4: of the quantized weights, scales and zero points included; None if there are none.
         bits_per_weight: the same with the residual.
         has_importance: whether the mean squared inputs were saved.
+        predicted_kld_w4: mean KL divergence from the original model that is predicted for plain W4, in nats per token;
+            None where the sensitivity was not measured.
+        predicted_kld: the same with the residual, at the checkpoint's own alphas.
     """
 
     directory: str
@@ -57,6 +61,8 @@ class Summary:
     bits_per_weight_w4: float | None
     bits_per_weight: float | None
     has_importance: bool
+    predicted_kld_w4: float | None
+    predicted_kld: float | None
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, for `--json`."""
@@ -75,6 +81,8 @@ def summarize(directory: Path | str) -> Summary:
     base = BaseCheckpoint(directory) if sidecar is None else sidecar.base
     entries = {} if sidecar is None else sidecar.entries
     weights, w4_bytes = base.quantized_size()
+    sensitivity = read_sensitivity(directory)
+    alphas = {} if config is None else module_alphas(config, base.layers)
     residual_bytes = sum(entry.bytes() for entry in entries.values())
     chunks = {}
     for chunk in (*CHUNKS, None):
@@ -98,4 +106,6 @@ def summarize(directory: Path | str) -> Summary:
         bits_per_weight_w4=8 * w4_bytes / weights if weights else None,
         bits_per_weight=8 * (w4_bytes + residual_bytes) / weights if weights else None,
         has_importance=(directory / IMPORTANCE).is_file(),
+        predicted_kld_w4=None if sensitivity is None else sensitivity.predicted({}),
+        predicted_kld=None if sensitivity is None else sensitivity.predicted(alphas),
     )

@@ -136,5 +136,8 @@ def table(summary: "Summary") -> Table:
         rows.add_row("bits per weight, W4", f"{summary.bits_per_weight_w4:.3f}")
     if summary.settings:
         rows.add_row("bits per weight, with residual", f"{summary.bits_per_weight:.3f}")
+        if summary.predicted_kld is not None:
+            rows.add_row("KLD predicted, W4", f"{summary.predicted_kld_w4:.3e} nats")
+            rows.add_row("KLD predicted, with residual", f"{summary.predicted_kld:.3e} nats")
         rows.add_row("base digest", str(summary.base_digest))
     return rows

@@ -8,15 +8,19 @@ from typing import Any
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.utils.helpers import DisableQuantization
 from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from srd_modifier.checkpoint.config import check_alphas
 from srd_modifier.errors import ConfigError, RecipeError
+from srd_modifier.modifier.candidates import DEFAULT_CANDIDATES
 from srd_modifier.modifier.capture import CorrectedModule, ResidualCapture
 from srd_modifier.modifier.events import observe
 from srd_modifier.modifier.plan import (
+    check_budget,
+    check_feedback_base,
     check_no_rival,
     check_scale,
     check_weights,
@@ -26,8 +30,14 @@ from srd_modifier.modifier.plan import (
 )
 from srd_modifier.modifier.saving import install_save
 from srd_modifier.residual import ResidualFormat
-from srd_modifier.selection.choice import check_choice
+from srd_modifier.residual.calibrated import DEFAULT_BALANCE, check_balance
+from srd_modifier.selection.budget import Budget
+from srd_modifier.selection.choice import budget_of, check_choice
 from srd_modifier.selection.patterns import pattern_value
+from srd_modifier.selection.sensitivity import output_sensitivity
+
+_BASE_ROUNDINGS = ("nearest", "feedback")
+_SENSITIVITIES = ("off", "auto", "gradient", "forward")
 
 
 class SRDModifier(QuantizationModifier):
@@ -48,20 +58,31 @@ class SRDModifier(QuantizationModifier):
 
     Life cycle:
         on_initialize            find the modules, refuse what cannot work, watch the quantizer
-        (its calibration)        sum squared inputs; keep a layer's originals, encode when it is quantized
-        on_finalize              let save_pretrained write the sidecar
+        (its calibration)        measure the sensitivity; sum the inputs; keep a layer's originals, encode when it is
+                                 quantized
+        on_finalize              let save_pretrained spend the budget and write the sidecar
 
     Attributes:
         correct: which quantized modules get a residual: `all`, or one of `{depth: [start, end]}`,
-            `{chunks: [...]}`, `{targets: [...]}`.
+            `{chunks: [...]}`, `{targets: [...]}`; or what it may cost: `{budget: 13MB}` or `{budget: 5.5bpw}` of the
+            whole model, or what may be lost: `{max_divergence: 1e-3}`. Width and density of each module's residual
+            are then chosen by its predicted damage.
         alpha: the checkpoint's default dial, 0 (plain W4) to 1 (full correction); loaders can change it.
         layer_alphas: alpha by module name or `re:` pattern; the first match counts.
         residual_bits: 8, 6, 5, 4, 3, 2 or 1.
         residual_group_size: columns per scale of the residual; -1 is one scale per row.
-        rounding: `nearest`, `stochastic` or `dithered`.
+        rounding: `nearest`, `stochastic`, `dithered`, or `feedback`: chosen under the layer's inputs, which takes
+            calibration data and pays at 6 bits and fewer. A budget always takes feedback.
         density: share of the residual's entries that is kept.
         scale_dtype: of the residual's scales, `bfloat16` or `float32`.
-        seed: of the noise of the two random roundings.
+        seed: of the noise of the two random roundings, and of the sensitivity's sampled labels.
+        base_rounding: of W4 where SRDModifier quantizes by itself: `nearest`, or `feedback`.
+        balance: with `base_rounding: feedback`, 0 (best at alpha 0) to 1 (best with the residual).
+        sensitivity: how the damage of each module is predicted: `off`, `gradient`, `forward` (no backward pass, less
+            exact), or `auto`, the first of these two that fits the memory. None is `auto` with a budget, else `off`.
+        sensitivity_tokens: calibration tokens that it reads.
+        candidates: formats that a budget chooses from, as mappings of `bits`, `group_size`, `density` and
+            `scale_dtype`; by default those of `candidates.DEFAULT_CANDIDATES`.
         spool_dir: where residuals wait until the model is saved; the system's temporary directory by default.
             Not used when SRDModifier quantizes by round-to-nearest.
         targets, ignore: without a scheme, which of the quantized modules may be corrected.
@@ -76,12 +97,20 @@ class SRDModifier(QuantizationModifier):
     density: float = 1.0
     scale_dtype: str = "bfloat16"
     seed: int = 0
+    base_rounding: str = "nearest"
+    balance: float = DEFAULT_BALANCE
+    sensitivity: str | None = None
+    sensitivity_tokens: int = 8192
+    candidates: list[dict[str, Any]] | None = None
     # not written to recipe.yaml: a path of this machine
     spool_dir: str | None = Field(None, exclude=True)
 
     _capture: ResidualCapture | None = PrivateAttr(None)
     _quantizing: bool = PrivateAttr(False)
     _names: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
+    _model: nn.Module | None = PrivateAttr(None)
+    _calibration: Any = PrivateAttr(None)
+    _measured: bool = PrivateAttr(False)
     _undo: list[Callable[[], None]] = PrivateAttr(default_factory=list)
 
     @model_validator(mode="after")
@@ -94,7 +123,61 @@ class SRDModifier(QuantizationModifier):
             # two of its fields have other names here
             own = "residual_" if str(error).startswith(("bits is", "group_size is")) else ""
             raise ConfigError(f"{own}{error}") from None
+        self._check_calibrated_settings()
+        # with another quantizer it is that one's calibration that is watched
+        if self.quantizes_itself and (self.needs_inputs or self.sensitivity_method != "off"):
+            self.requires_calibration_data = True
         return self
+
+    def _check_calibrated_settings(self) -> None:
+        check_balance(self.balance)
+        if self.base_rounding not in _BASE_ROUNDINGS:
+            raise ConfigError(f"base_rounding is {self.base_rounding!r}, expected one of {_BASE_ROUNDINGS}")
+        if self.base_rounding != "nearest" and not self.quantizes_itself:
+            raise ConfigError(
+                "base_rounding is set, but the quantizer that follows SRDModifier rounds; give SRDModifier a scheme, "
+                "or leave base_rounding out"
+            )
+        if self.sensitivity is not None and self.sensitivity not in _SENSITIVITIES:
+            raise ConfigError(f"sensitivity is {self.sensitivity!r}, expected one of {_SENSITIVITIES}")
+        if type(self.sensitivity_tokens) is not int or self.sensitivity_tokens < 1:
+            raise ConfigError(f"sensitivity_tokens is {self.sensitivity_tokens!r}, expected a whole number above 0")
+        if self.budget is not None and self.sensitivity == "off":
+            raise ConfigError("sensitivity is 'off', but a budget is spent by it; leave it out, or choose another")
+        if self.budget is None and self.candidates is not None:
+            raise ConfigError("candidates are what a budget chooses from; set correct to a budget, or leave them out")
+        self.candidate_formats  # noqa: B018 - building them checks them
+
+    @property
+    def budget(self) -> Budget | None:
+        """The budget that decides what is corrected, if there is one."""
+        return budget_of(self.correct)
+
+    @property
+    def sensitivity_method(self) -> str:
+        """`sensitivity` with its default resolved."""
+        return self.sensitivity or ("off" if self.budget is None else "auto")
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether residual or base depend on the second moment of the layers' inputs."""
+        return "feedback" in (self.rounding, self.base_rounding) or self.sensitivity_method != "off"
+
+    @property
+    def candidate_formats(self) -> tuple[ResidualFormat, ...]:
+        """What the budget chooses from; empty without one."""
+        if self.budget is None:
+            return ()
+        if self.candidates is None:
+            return DEFAULT_CANDIDATES
+        if not self.candidates:
+            raise ConfigError("candidates is empty, expected at least one format")
+        known = ("bits", "group_size", "density", "scale_dtype")
+        for position, candidate in enumerate(self.candidates):
+            unknown = sorted(set(candidate) - set(known))
+            if unknown:
+                raise ConfigError(f"candidates[{position}] has {unknown[0]!r}, expected only {known}")
+        return tuple(ResidualFormat(**candidate, rounding="feedback") for candidate in self.candidates)
 
     @property
     def residual_format(self) -> ResidualFormat:
@@ -127,12 +210,25 @@ class SRDModifier(QuantizationModifier):
         chosen = corrected_modules(
             state.model, quantized, targets=self._may_correct(), ignore=self.ignore, correct=self.correct
         )
+        if self.base_rounding == "feedback":
+            check_feedback_base(quantized)
+        if self.needs_inputs and state.data.calib is None:
+            raise RecipeError(
+                "SRDModifier needs calibration data for feedback, sensitivity and budgets; give oneshot a dataset"
+            )
         if any(_overwrites_weights(quantizer) for quantizer in quantizers):
             check_weights(quantized[name] for name in chosen)
         if self.quantizes_itself:
             super().on_initialize(state, **kwargs)
 
         self._capture = self._shared_capture(state.model, recipe)
+        self._capture.inputs.second_moments |= self.needs_inputs
+        if self.budget is not None:
+            if sum(isinstance(modifier, SRDModifier) for modifier in recipe) > 1:
+                raise RecipeError("a budget is spent on the whole model; keep one SRDModifier in the recipe")
+            check_budget(self.budget, state.model, quantized)
+            self._capture.budget = self.budget
+        self._model, self._calibration = state.model, state.data.calib
         self._capture.add(
             [
                 CorrectedModule(
@@ -140,6 +236,7 @@ class SRDModifier(QuantizationModifier):
                     quantized[name].module,
                     self.residual_format,
                     pattern_value(name, self.layer_alphas, self.alpha),
+                    self.candidate_formats,
                 )
                 for name in chosen
             ],
@@ -156,6 +253,7 @@ class SRDModifier(QuantizationModifier):
         """Let save_pretrained write the sidecar, once for all SRDModifiers of the recipe."""
         for undo in self._undo:
             undo()
+        self._model = self._calibration = None
         srd_modifiers = [m for m in active_session().lifecycle.recipe.modifiers if isinstance(m, SRDModifier)]
         if self is srd_modifiers[-1] and self._capture is not None:
             install_save(state.model, self._capture)
@@ -186,9 +284,10 @@ class SRDModifier(QuantizationModifier):
     # what `observe` calls around the quantizer's events
 
     def calibration_starts(self, quantizer: Modifier) -> None:
-        """Sum the squared inputs of the quantizer's modules; reserve the disk space if weights will be overwritten."""
+        """Measure the sensitivity, sum the inputs of the quantizer's modules, reserve the disk space if need be."""
         assert self._capture is not None
-        if _overwrites_weights(quantizer):
+        self._measure_sensitivity()
+        if _overwrites_weights(quantizer) or self._capture.by_inputs:
             self._capture.reserve(Path(self.spool_dir) if self.spool_dir else None)
         for module, name in self._names.items():
             self.register_hook(module, partial(self._add_inputs, name), "forward_pre")
@@ -197,26 +296,55 @@ class SRDModifier(QuantizationModifier):
         """Keep the originals of a layer that is about to be overwritten."""
         assert self._capture is not None
         self._quantizing = True
-        if _overwrites_weights(quantizer):
-            self._capture.keep_originals(module for module in modules if module in self._names)
+        self._capture.settle_weights()
+        overwritten = _overwrites_weights(quantizer)
+        if overwritten or self._capture.by_inputs:
+            self._capture.keep_originals((m for m in modules if m in self._names), overwritten=overwritten)
 
     def after_quantizing(self, quantizer: Modifier, modules: Sequence[nn.Module]) -> None:
         """Encode what the quantizer lost in that layer."""
         assert self._capture is not None
         self._quantizing = False
-        for module in modules:
-            if module in self._names:
-                check_scale(self._names[module], module)
-        self._capture.encode_overwritten(modules, type(quantizer).__name__)
+        own = [module for module in modules if isinstance(module, nn.Linear) and module in self._names]
+        for module in own:
+            check_scale(self._names[module], module)
+        if quantizer is self and self.base_rounding == "feedback":
+            self._capture.quantize_base(own, self._names, self.balance)
+        self._capture.encode_quantized(own, type(quantizer).__name__)
+        self._capture.release_inputs(self._names[module] for module in own)
 
     def calibration_ends(self, quantizer: Modifier) -> None:
         """Stop summing inputs."""
+        assert self._capture is not None
+        self._capture.settle_weights()
         self.remove_hooks()
 
     def _add_inputs(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         # AutoRound runs forwards of its own while it quantizes, most of them with weights that are rounded already
         if self._capture is not None and not self._quantizing:
-            self._capture.add_inputs(name, inputs[0])
+            self._capture.inputs.add(name, inputs[0])
+
+    def _measure_sensitivity(self) -> None:
+        """Once, before the first calibration forward, when transforms before this modifier have changed the weights."""
+        assert self._capture is not None
+        if self.sensitivity_method == "off" or self._measured:
+            return
+        self._measured = True
+        modules = {name: module for module, name in self._names.items() if isinstance(module, nn.Linear)}
+        assert self._model is not None
+        with DisableQuantization(self._model):
+            output = output_sensitivity(
+                self._model,
+                self._calibration,
+                modules,
+                tokens=self.sensitivity_tokens,
+                seed=self.seed,
+                method=self.sensitivity_method,
+            )
+        logger.info(
+            f"SRD measured the sensitivity of {len(modules)} modules on {output.tokens:,} tokens: {output.method}"
+        )
+        self._capture.predict_damage(output, {module: name for name, module in modules.items()})
 
     def _may_correct(self) -> list[str]:
         return sorted(self.resolved_targets) if self.quantizes_itself else list(self.targets)
@@ -229,4 +357,6 @@ class SRDModifier(QuantizationModifier):
 
 def _overwrites_weights(quantizer: Modifier) -> bool:
     """Round-to-nearest only sets scales; every other quantizer is taken to change the weights."""
-    return type(quantizer) not in (QuantizationModifier, SRDModifier)
+    if isinstance(quantizer, SRDModifier):
+        return quantizer.base_rounding == "feedback"
+    return type(quantizer) is not QuantizationModifier

@@ -3,30 +3,40 @@
 One capture belongs to one model and serves all SRDModifiers of its recipe, because a checkpoint has one sidecar.
 A quantizer that overwrites the weights (GPTQ, AutoRound) has its residual computed right after it finished a layer;
 one that only sets scales (round-to-nearest) leaves the originals in place, and its residual waits until the weights
-are packed for saving. Either way W4 is what a loader will read back from the file, never `module.weight`.
+are packed for saving, unless it depends on the layer's inputs (feedback, sensitivity, a budget), which are summed only
+while the layer is calibrated. Either way W4 is what a loader will read back from the file, never `module.weight`.
 """
 
 import hashlib
 import mmap
 import tempfile
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from compressed_tensors.compressors.base import BaseCompressor, compress_module
 from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.offload import update_offload_parameter
 from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.utils import get_direct_state_dict
 from torch import Tensor, nn
 
+from srd_modifier.checkpoint.sensitivity import ModuleSensitivity, Sensitivity
 from srd_modifier.checkpoint.w4 import dequantize_w4, unpack_zero_points
 from srd_modifier.checkpoint.writer import ResidualEntry, SidecarWriter, tensor_bytes
 from srd_modifier.errors import CheckpointError, RecipeError
+from srd_modifier.modifier.allocation import allocate
+from srd_modifier.modifier.calibrated import encode_all, predict, quantize_module
+from srd_modifier.modifier.candidates import CandidateStore, StoredCandidate
+from srd_modifier.modifier.inputs import CalibrationInputs
 from srd_modifier.residual import EncodedResidual, ResidualFormat, concatenate_rows, encode
+from srd_modifier.residual.hessian import Hessian
+from srd_modifier.selection.budget import Budget
 from srd_modifier.selection.patterns import pattern_value
+from srd_modifier.selection.sensitivity import OutputSensitivity
 
 _BASE_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point")
 _BLOCK_ENTRIES = 2**21
@@ -35,12 +45,21 @@ _MAX_WAITING = 2
 
 @dataclass(frozen=True)
 class CorrectedModule:
-    """A module that gets a residual."""
+    """A module that gets a residual.
+
+    Attributes:
+        name: in the model.
+        module: itself.
+        format: of its residual.
+        alpha: its dial.
+        candidates: formats that a budget chooses from; it may also choose none. Empty where `format` is certain.
+    """
 
     name: str
     module: nn.Linear
     format: ResidualFormat
     alpha: float
+    candidates: tuple[ResidualFormat, ...] = ()
 
 
 class ResidualCapture:
@@ -58,8 +77,14 @@ class ResidualCapture:
         self.layer_alphas: dict[str, float] = {}
         self.base_digests: dict[str, str] = {}
         self._originals: dict[nn.Module, Tensor] = {}
-        self._input_squares: dict[str, Tensor] = {}
-        self._input_tokens: dict[str, int] = {}
+        self._quantized: dict[nn.Module, Tensor] = {}
+        self.inputs = CalibrationInputs()
+        self.budget: Budget | None = None
+        self._names: dict[nn.Module, str] = {}
+        self._output: OutputSensitivity | None = None
+        self._damages: dict[str, ModuleSensitivity] = {}
+        self._candidates: CandidateStore | None = None
+        self._encoded: set[str] = set()
         self._writer: SidecarWriter | None = None
         self._finished = False
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="srd-residual")
@@ -100,51 +125,100 @@ class ResidualCapture:
         assert self._format is not None
         return self._format
 
+    def predict_damage(self, output: OutputSensitivity, modules: dict[nn.Module, str]) -> None:
+        """Predict the damage of these modules, by the output sensitivity that was measured on the original model."""
+        self._output = output
+        self._names |= modules
+
+    @property
+    def by_inputs(self) -> bool:
+        """Whether residuals depend on the layer's inputs, so that they are encoded while the layer is calibrated."""
+        return self.inputs.second_moments
+
     def reserve(self, parent: Path | None) -> None:
-        """Reserve the disk space of the whole sidecar, in `parent` or the system's temporary directory.
+        """Make the place where residuals wait, in `parent` or the system's temporary directory.
+
+        Without a budget the disk space of the whole sidecar is reserved there.
 
         Raises:
             CheckpointError: there is not enough.
         """
-        if self._writer is None:
-            self._folder = tempfile.TemporaryDirectory(prefix=".srd-residual-", dir=parent, ignore_cleanup_errors=True)
-            entries = {
-                c.name: ResidualEntry(c.module.out_features, c.module.in_features, c.format)
-                for c in self.modules.values()
-            }
-            self._writer = SidecarWriter(Path(self._folder.name), entries)
+        if self._folder is not None:
+            return
+        self._folder = tempfile.TemporaryDirectory(prefix=".srd-residual-", dir=parent, ignore_cleanup_errors=True)
+        if self.budget is None:
+            self._begin_sidecar()
+        else:
+            waiting = Path(self._folder.name) / "candidates"
+            waiting.mkdir()
+            self._candidates = CandidateStore(waiting)
+
+    def _begin_sidecar(self) -> None:
+        assert self._folder is not None
+        entries = {
+            c.name: ResidualEntry(c.module.out_features, c.module.in_features, c.format) for c in self.modules.values()
+        }
+        self._writer = SidecarWriter(Path(self._folder.name) / "sidecar", entries)
 
     # what the quantizers' events call
 
-    def keep_originals(self, modules: Iterable[nn.Module]) -> None:
-        """Copy the weights that are about to be overwritten."""
+    def keep_originals(self, modules: Iterable[nn.Module], *, overwritten: bool) -> None:
+        """Keep the weights that are about to be quantized; copies, if the quantizer will overwrite them."""
         for module in modules:
-            if isinstance(module, nn.Linear) and module in self.modules:
-                self._originals[module] = _copy(module.weight.detach())
+            if isinstance(module, nn.Linear) and (module in self.modules or module in self._names):
+                weight = module.weight.detach()
+                self._originals[module] = _copy(weight) if overwritten else weight
 
     @torch.no_grad()
-    def encode_overwritten(self, modules: Iterable[nn.Module], quantizer: str) -> None:
+    def quantize_base(self, modules: Iterable[nn.Linear], names: dict[nn.Module, str], balance: float) -> None:
+        """Replace the scales that an observer set, and the weights, by those of the quantizer with error feedback.
+
+        Until the next layer's turn the weights are `W4 + balance * (W - W4)`: the layers after this one are calibrated
+        on the inputs that they will have, which with the residual are nearly the original ones.
+
+        Raises:
+            RecipeError: a module saw no calibration data, or impossible values.
+        """
+        for module in modules:
+            original = module.weight.detach()
+            try:
+                quantized = quantize_module(module, self._hessian(names[module], module), balance)
+            except ValueError as error:
+                raise RecipeError(f"{names[module]}: {error}") from error
+            self._quantized[module] = quantized.to(original.dtype)
+            update_offload_parameter(module, "weight", quantized.lerp(original.float(), balance).to(original.dtype))
+
+    def settle_weights(self) -> None:
+        """Put the quantized weights in place of those that the layers after them were calibrated with."""
+        for module, weight in self._quantized.items():
+            update_offload_parameter(module, "weight", weight)
+        self._quantized.clear()
+
+    @torch.no_grad()
+    def encode_quantized(self, modules: Iterable[nn.Module], quantizer: str) -> None:
         """Encode the residual of modules whose originals were kept, and release these.
 
         Raises:
             RecipeError: nothing at all was lost in any of them: their weights were quantized before.
         """
-        done = [module for module in modules if module in self._originals]
+        done = [module for module in modules if isinstance(module, nn.Linear) and module in self._originals]
         nothing_lost = []
         for module in done:
             scheme = module.quantization_scheme
             state = {name: tensor for name, tensor in get_direct_state_dict(module).items() if tensor is not None}
+            state["weight"] = self._quantized.get(module, state["weight"])
             compressor = BaseCompressor.get_value_from_registry(infer_module_format(type(module), scheme).value)
             packed = compressor.compress(state, scheme)
-            nothing_lost.append(self._encode(module, self._originals.pop(module), packed))
-        self._refuse_if_nothing(done, nothing_lost, quantizer)
+            original = self._originals.pop(module)
+            lost = (self._encode_by_inputs if self.by_inputs else self._encode)(module, original, packed)
+            if module in self.modules:
+                nothing_lost.append(lost)
+        self._refuse_if_nothing([module for module in done if module in self.modules], nothing_lost, quantizer)
 
-    def add_inputs(self, name: str, inputs: Tensor) -> None:
-        """Add a module's calibration inputs `[..., in_features]` to its mean square."""
-        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        squares = rows.square().sum(dim=0)
-        self._input_squares[name] = self._input_squares[name] + squares if name in self._input_squares else squares
-        self._input_tokens[name] = self._input_tokens.get(name, 0) + len(rows)
+    def release_inputs(self, names: Iterable[str]) -> None:
+        """Keep no more than the mean squares of modules that are quantized."""
+        for name in names:
+            self.inputs.release(name)
 
     # what saving calls
 
@@ -152,8 +226,12 @@ class ResidualCapture:
     def compress_remaining(self, parent: Path) -> None:
         """Pack the modules whose weights are still original, and encode what the packing loses."""
         self.reserve(parent)
-        assert self._writer is not None
         self._finish_storing()
+        if self.by_inputs:
+            self._refuse_if_not_calibrated()
+            if self.budget is not None:
+                return  # what is written depends on the saved model's bytes: `settle`
+        assert self._writer is not None
         missing = set(self._writer.missing)
         done, nothing_lost = [], []
         for module, corrected in self.modules.items():
@@ -172,19 +250,54 @@ class ResidualCapture:
             done.append(module)
             nothing_lost.append(self._encode(module, original, packed))
         self._refuse_if_nothing(done, nothing_lost, "round-to-nearest")
+        self._finish()
+
+    def settle(self, directory: Path) -> None:
+        """Spend the budget, if there is one, on the model that was saved to `directory`.
+
+        Raises:
+            ConfigError: the budget is too small for the W4 model, or too large for its residuals.
+        """
+        store = self._candidates
+        if store is None or self.budget is None or self._finished:
+            return
+        chosen = allocate(self.budget, store, self._damages, directory)
+        self.modules = {
+            module: replace(corrected, format=store.candidates[corrected.name][chosen[corrected.name]].format)
+            for module, corrected in self.modules.items()
+            if corrected.name in chosen
+        }
+        formats = Counter(corrected.format for corrected in self.modules.values())
+        if formats:
+            self._format = formats.most_common(1)[0][0]
+        self._damages |= {name: store.candidates[name][number].sensitivity for name, number in chosen.items()}
+        self._begin_sidecar()
+        assert self._writer is not None
+        for name, number in chosen.items():
+            self._writer.write(name, store.read(name, number))
+        self._finish()
+
+    def _finish(self) -> None:
         self._finish_storing()
         if not self._finished:
+            assert self._writer is not None
             self._writer.finish(self.format)
             self._finished = True
 
+    def sensitivity(self) -> Sensitivity | None:
+        """The predicted damage of every quantized module, if it was asked for."""
+        if self._output is None:
+            return None
+        return Sensitivity(method=self._output.method, tokens=self._output.tokens, modules=dict(self._damages))
+
     def importance(self) -> dict[str, Tensor]:
         """Mean squared input of every quantized module that saw calibration data: float32 `[in_features]`."""
-        return {name: square.cpu() for name in self._input_squares if (square := self._mean_square(name)) is not None}
+        return self.inputs.mean_squares()
 
     def files(self) -> list[Path]:
         """The finished files of the sidecar."""
         assert self._folder is not None
-        return sorted(Path(self._folder.name).iterdir())
+        return sorted((Path(self._folder.name) / "sidecar").iterdir())
 
     def close(self) -> None:
         """Remove what waits on the disk; nothing can be saved afterwards."""
@@ -192,15 +305,62 @@ class ResidualCapture:
         if self._folder is not None:
             self._folder.cleanup()
 
-    def _refuse_if_nothing(self, done: list[nn.Module], nothing_lost: list[bool], quantizer: str) -> None:
+    def _refuse_if_nothing(self, done: Sequence[nn.Module], nothing_lost: list[bool], quantizer: str) -> None:
         if done and all(nothing_lost):
             raise RecipeError(
                 f"{self.modules[done[0]].name}: {quantizer} lost nothing, its weights were on the 4-bit grid before; "
                 "start from the original model, with SRDModifier before the quantizer"
             )
 
-    def _mean_square(self, name: str) -> Tensor | None:
-        return self._input_squares[name] / self._input_tokens[name] if name in self._input_squares else None
+    def _refuse_if_not_calibrated(self) -> None:
+        names = [*self._names.values(), *(corrected.name for corrected in self.modules.values())]
+        missing = next((name for name in names if name not in self._encoded), None)
+        if missing is not None:
+            raise RecipeError(f"{missing} was not calibrated by the recipe; its residual cannot be computed")
+
+    def _hessian(self, name: str, module: nn.Linear) -> Hessian:
+        hessian = self.inputs.hessian(name, module.weight.device)
+        if hessian is not None:
+            return hessian
+        if not self.inputs.mean_squares():
+            raise RecipeError(
+                f"{name} saw no calibration data, which feedback and sensitivity need; give the recipe a dataset, "
+                "and let SRDModifier quantize by itself if the quantizer after it runs without one"
+            )
+        # an expert that no token reached: every column counts the same
+        return Hessian.prepare(torch.zeros(module.in_features, module.in_features, device=module.weight.device))
+
+    def _encode_by_inputs(self, module: nn.Linear, original: Tensor, packed: dict[str, Tensor]) -> bool:
+        """Encode one module's residual under its Hessian, in every candidate format, and predict what each leaves."""
+        name = self._names[module] if module in self._names else self.modules[module].name
+        zero_points = unpack_zero_points(packed.get("weight_zero_point"), module.out_features)
+        base = dequantize_w4(packed["weight_packed"], packed["weight_scale"], zero_points, module.in_features)
+        residual = original.float() - base
+        corrected = self.modules.get(module)
+        formats = () if corrected is None else corrected.candidates or (corrected.format,)
+        try:
+            hessian = self._hessian(name, module)
+            encoded = encode_all(residual, formats, hessian, name, self.inputs.mean_square(name))
+        except ValueError as error:
+            raise RecipeError(f"{name}: {error}") from error
+        self._encoded.add(name)
+        sensitivities = (
+            []
+            if self._output is None
+            else predict(name, residual, formats, encoded, hessian, self._output.values[name].to(residual.device))
+        )
+        if corrected is not None and corrected.candidates:
+            assert self._candidates is not None
+            shape = (module.out_features, module.in_features)
+            candidates = [StoredCandidate(*pair) for pair in zip(formats, sensitivities[1:], strict=True)]
+            self._candidates.write(name, shape, candidates, encoded)
+            self._remember_base(name, packed)
+        elif corrected is not None:
+            self._store_soon(name, encoded[0], packed)
+        if sensitivities:
+            settled = corrected is not None and not corrected.candidates
+            self._damages[name] = sensitivities[1 if settled else 0]
+        return not bool(residual.any()) and bool(original.any())
 
     def _encode(self, module: nn.Module, original: Tensor, packed: dict[str, Tensor]) -> bool:
         """Encode the residual of one module and store it; True if nothing was lost in a weight that is not zero."""
@@ -210,7 +370,7 @@ class ResidualCapture:
         # a block of rows at a time while it is in the cache, where the format allows it
         block = max(1, _BLOCK_ENTRIES // in_features) if fmt.rows_are_independent else out_features
         zero_points = unpack_zero_points(packed.get("weight_zero_point"), out_features)
-        importance = self._mean_square(name)
+        importance = self.inputs.mean_square(name)
         encoded = []
         try:
             for start in range(0, out_features, block):
@@ -238,6 +398,9 @@ class ResidualCapture:
     def _store(self, name: str, encoded: EncodedResidual, packed: dict[str, Tensor]) -> None:
         assert self._writer is not None
         self._writer.write(name, encoded)
+        self._remember_base(name, packed)
+
+    def _remember_base(self, name: str, packed: dict[str, Tensor]) -> None:
         for suffix in _BASE_TENSORS:
             if packed.get(suffix) is not None:
                 self.base_digests[f"{name}.{suffix}"] = hashlib.sha256(tensor_bytes(packed[suffix])).hexdigest()

@@ -4,14 +4,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy, QuantizationType
+from compressed_tensors.quantization import (
+    ActivationOrdering,
+    QuantizationScheme,
+    QuantizationStrategy,
+    QuantizationType,
+)
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import QuantizationMixin
 from loguru import logger
 from torch import nn
 
-from srd_modifier.errors import RecipeError
+from srd_modifier.errors import ConfigError, RecipeError
+from srd_modifier.selection.budget import Budget
 from srd_modifier.selection.choice import Choice, choose
 
 _STRATEGIES = (QuantizationStrategy.GROUP, QuantizationStrategy.CHANNEL)
@@ -147,6 +153,36 @@ def check_scale(name: str, module: nn.Module) -> None:
     scale = getattr(module, "weight_scale", None)
     if scale is not None and not bool(torch.isfinite(scale).all()):
         raise RecipeError(f"{name}.weight has NaN or infinite entries; the model cannot be quantized")
+
+
+def check_feedback_base(quantized: Mapping[str, QuantizedModule]) -> None:
+    """Raise RecipeError for a scheme that base_rounding: feedback does not know."""
+    for name, entry in quantized.items():
+        scheme = entry.quantizer.resolved_config.config_groups
+        for group in scheme.values():
+            if group.weights.actorder == ActivationOrdering.GROUP:
+                raise RecipeError(
+                    f"{name}: base_rounding: feedback keeps groups of neighbouring columns; take actorder: group away"
+                )
+
+
+def check_budget(budget: Budget, model: nn.Module, quantized: Mapping[str, QuantizedModule]) -> None:
+    """Raise ConfigError for a budget that the W4 model alone exceeds, as far as its scheme tells before it is made.
+
+    Raises:
+        ConfigError: with the smallest possible.
+    """
+    weights = sum(entry.module.weight.numel() for entry in quantized.values())
+    w4_bytes = weights // 2
+    if budget.bits_per_weight is not None and budget.bits_per_weight < 8 * w4_bytes / weights:
+        raise ConfigError(f"budget {budget} is too small: the W4 codes alone take 4 bits per weight")
+    if budget.bytes is not None:
+        others = {id(parameter): parameter.nbytes for parameter in model.parameters()}
+        for entry in quantized.values():
+            others.pop(id(entry.module.weight), None)
+        smallest = w4_bytes + sum(others.values())
+        if budget.bytes < smallest:
+            raise ConfigError(f"budget {budget} is too small: the W4 model alone takes more than {smallest:,} bytes")
 
 
 def shortened(names: Sequence[str]) -> str:

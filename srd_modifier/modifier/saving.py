@@ -38,6 +38,7 @@ def install_save(model: nn.Module, capture: ResidualCapture) -> None:
         capture.compress_remaining(target.parent)
         with merge_directory(target) as staging:
             result = inner(str(staging), quantization_format, save_compressed, **kwargs)
+            capture.settle(staging)
             attach_sidecar(
                 staging,
                 capture.files(),
@@ -47,6 +48,7 @@ def install_save(model: nn.Module, capture: ResidualCapture) -> None:
                 layer_alphas=capture.layer_alphas,
                 importance=capture.importance(),
                 base_digests=capture.base_digests,
+                sensitivity=capture.sensitivity(),
             )
         return result
 

@@ -25,10 +25,11 @@ from small_checkpoint import (
     write_sidecar,
 )
 
-from srd_modifier.checkpoint.config import SENSITIVITY
+from srd_modifier.checkpoint.config import SENSITIVITY, module_alphas, read_srd_config
 from srd_modifier.checkpoint.save import attach_sidecar
 from srd_modifier.checkpoint.sensitivity import ModuleSensitivity, Sensitivity, read_sensitivity
 from srd_modifier.checkpoint.sidecar import Sidecar
+from srd_modifier.checkpoint.summary import summarize
 from srd_modifier.errors import CheckpointError, ConfigError
 
 
@@ -111,6 +112,15 @@ def test_the_file_is_bound_to_base_and_residual(template: Path) -> None:
 def test_the_sidecar_lists_it(template: Path, small_template: Path) -> None:
     assert template / SENSITIVITY in Sidecar.open(template).files()
     assert small_template / SENSITIVITY not in Sidecar.open(small_template).files()
+
+
+def test_the_summary_has_the_prediction(template: Path, small_template: Path) -> None:
+    summary, found, config = summarize(template), read_sensitivity(template), read_srd_config(template)
+    assert found is not None
+    assert config is not None
+    assert summary.predicted_kld_w4 == found.predicted({})
+    assert summary.predicted_kld == found.predicted(module_alphas(config, 2))
+    assert summarize(small_template).predicted_kld is None
 
 
 def test_a_checkpoint_without_the_file_has_none(small_template: Path) -> None:

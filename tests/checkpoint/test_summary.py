@@ -153,6 +153,8 @@ def test_json_has_every_attribute_in_plain_values(small):
         "bits_per_weight_w4",
         "bits_per_weight",
         "has_importance",
+        "predicted_kld_w4",
+        "predicted_kld",
     ]
 
 

@@ -327,8 +327,8 @@ def test_a_residual_that_is_not_finite(fmt: ResidualFormat, value: float) -> Non
 # --- sparse residuals ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("density", [0.0001, 0.05, 0.125, 0.5, 0.9])
-@pytest.mark.parametrize("bits", [8, 4, 2, 1])
+@pytest.mark.parametrize("density", [0.0001, 0.05, 0.5, 0.9])
+@pytest.mark.parametrize("bits", [8, 4, 1])
 def test_a_sparse_residual_keeps_what_the_format_says(bits: int, density: float) -> None:
     residual, fmt = residual_of(), feedback(bits, density=density)
     encoded = encode_calibrated(residual, [fmt], hessian_of("autoregressive"))[0]

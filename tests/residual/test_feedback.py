@@ -230,8 +230,8 @@ def planned(columns: int, rows: int, density: float, seed: int = 5) -> Tensor:
     return keep.view(columns, rows)
 
 
-@pytest.mark.parametrize("density", [0.02, 0.125, 0.5])
-@pytest.mark.parametrize("width", ["1 bit", "4 bits", "8 bits"])
+@pytest.mark.parametrize("density", [0.02, 0.3])
+@pytest.mark.parametrize("width", ["1 bit", "8 bits"])
 @each_shape
 def test_a_block_keeps_as_many_as_planned_and_those_that_cost_most(
     columns: int, per_group: int, width: str, density: float

@@ -1,0 +1,81 @@
+"""A residual in several formats each, waiting on the disk until the budget has chosen one per module."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from srd_modifier.checkpoint.sensitivity import ModuleSensitivity
+from srd_modifier.checkpoint.writer import ResidualEntry
+from srd_modifier.errors import CheckpointError
+from srd_modifier.residual import EncodedResidual, ResidualFormat
+
+DEFAULT_CANDIDATES: tuple[ResidualFormat, ...] = (
+    *(ResidualFormat(bits=bits, group_size=128, rounding="feedback") for bits in (1, 2, 3, 4)),
+    *(ResidualFormat(bits=bits, group_size=64, rounding="feedback") for bits in (4, 5, 6, 8)),
+    ResidualFormat(bits=4, group_size=128, density=0.125, rounding="feedback"),
+)
+"""What a budget chooses from. A narrow code earns its scale better in wide groups: at 2 bits, groups of 128 instead of
+64 cost 6 % more divergence and 6 % fewer bytes, which buy 9 % elsewhere (tiny-llama)."""
+
+
+@dataclass(frozen=True)
+class StoredCandidate:
+    """One way to store a module's residual, and what it leaves of the damage."""
+
+    format: ResidualFormat
+    sensitivity: ModuleSensitivity
+
+
+class CandidateStore:
+    """The candidates of every module, in a file per module.
+
+    Args:
+        directory: an existing one, for nothing else.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._numbers: dict[str, int] = {}
+        self.candidates: dict[str, list[StoredCandidate]] = {}
+        self.shapes: dict[str, tuple[int, int]] = {}
+
+    def write(
+        self,
+        module: str,
+        shape: tuple[int, int],
+        candidates: Sequence[StoredCandidate],
+        encoded: Sequence[EncodedResidual],
+    ) -> None:
+        """Store the candidates of a module whose weight is `[out, in]`.
+
+        Raises:
+            CheckpointError: the disk is full.
+        """
+        self._numbers[module] = len(self._numbers)
+        self.candidates[module] = list(candidates)
+        self.shapes[module] = shape
+        tensors = {
+            f"{i}.{suffix}": tensor.cpu().contiguous()
+            for i, one in enumerate(encoded)
+            for suffix, tensor in one.tensors().items()
+        }
+        try:
+            save_file(tensors, self._path(module))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot write the residual of {module} to {self._directory}: {error}") from error
+
+    def read(self, module: str, number: int) -> EncodedResidual:
+        """One candidate of a module."""
+        with safe_open(self._path(module), framework="pt") as file:
+            names = self.entry(module, number).layout()
+            return EncodedResidual(*(file.get_tensor(f"{number}.{suffix}") for suffix in names))
+
+    def entry(self, module: str, number: int) -> ResidualEntry:
+        """Shape and format of one candidate."""
+        return ResidualEntry(*self.shapes[module], self.candidates[module][number].format)
+
+    def _path(self, module: str) -> Path:
+        return self._directory / f"{self._numbers[module]:05d}.safetensors"
