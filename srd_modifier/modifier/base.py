@@ -1,6 +1,6 @@
 """SRDModifier: the llm-compressor life cycle, and nothing else."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from srd_modifier.modifier.candidates import DEFAULT_CANDIDATES
 from srd_modifier.modifier.capture import CorrectedModule, ResidualCapture
 from srd_modifier.modifier.events import observe
 from srd_modifier.modifier.plan import (
+    QuantizedModule,
     check_budget,
     check_feedback_base,
     check_no_rival,
@@ -34,7 +35,7 @@ from srd_modifier.residual.calibrated import DEFAULT_BALANCE, check_balance
 from srd_modifier.selection.budget import Budget
 from srd_modifier.selection.choice import budget_of, check_choice
 from srd_modifier.selection.patterns import pattern_value
-from srd_modifier.selection.sensitivity import output_sensitivity
+from srd_modifier.selection.sensitivity import OutputSensitivity, output_sensitivity
 
 _BASE_ROUNDINGS = ("nearest", "feedback")
 _SENSITIVITIES = ("off", "auto", "gradient", "forward")
@@ -107,10 +108,9 @@ class SRDModifier(QuantizationModifier):
 
     _capture: ResidualCapture | None = PrivateAttr(None)
     _quantizing: bool = PrivateAttr(False)
-    _names: dict[nn.Module, str] = PrivateAttr(default_factory=dict)
+    _quantized: dict[nn.Module, QuantizedModule] = PrivateAttr(default_factory=dict)
     _model: nn.Module | None = PrivateAttr(None)
     _calibration: Any = PrivateAttr(None)
-    _measured: bool = PrivateAttr(False)
     _undo: list[Callable[[], None]] = PrivateAttr(default_factory=list)
 
     @model_validator(mode="after")
@@ -173,11 +173,16 @@ class SRDModifier(QuantizationModifier):
         if not self.candidates:
             raise ConfigError("candidates is empty, expected at least one format")
         known = ("bits", "group_size", "density", "scale_dtype")
+        formats = []
         for position, candidate in enumerate(self.candidates):
             unknown = sorted(set(candidate) - set(known))
             if unknown:
                 raise ConfigError(f"candidates[{position}] has {unknown[0]!r}, expected only {known}")
-        return tuple(ResidualFormat(**candidate, rounding="feedback") for candidate in self.candidates)
+            try:
+                formats.append(ResidualFormat(**candidate, rounding="feedback"))
+            except ConfigError as error:
+                raise ConfigError(f"candidates[{position}].{error}") from None
+        return tuple(formats)
 
     @property
     def residual_format(self) -> ResidualFormat:
@@ -223,6 +228,11 @@ class SRDModifier(QuantizationModifier):
 
         self._capture = self._shared_capture(state.model, recipe)
         self._capture.inputs.second_moments |= self.needs_inputs
+        if self.needs_inputs:
+            # round-to-nearest would get no data; all SRDModifiers share one sidecar, whose residuals then need inputs
+            own = [m for m in recipe if isinstance(m, SRDModifier) and m.quantizes_itself]
+            for modifier in [*quantizers, *own]:
+                modifier.requires_calibration_data = True
         if self.budget is not None:
             if sum(isinstance(modifier, SRDModifier) for modifier in recipe) > 1:
                 raise RecipeError("a budget is spent on the whole model; keep one SRDModifier in the recipe")
@@ -244,7 +254,8 @@ class SRDModifier(QuantizationModifier):
             self.alpha,
             self.layer_alphas,
         )
-        self._names = {entry.module: name for name, entry in quantized.items()}
+        self._quantized = {entry.module: entry for entry in quantized.values()}
+        self._capture.plan_damage({entry.module: name for name, entry in quantized.items()}, self._sensitivity_of)
         self._undo = [observe(quantizer, self) for quantizer in quantizers]
         logger.info(f"SRD keeps the residual of {len(chosen)} of {len(quantized)} quantized modules")
         return True
@@ -274,7 +285,10 @@ class SRDModifier(QuantizationModifier):
     def on_sequential_epoch_end(self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any) -> None:
         """Set the scales, if it quantizes itself."""
         if self.quantizes_itself:
-            super().on_sequential_epoch_end(state, event, modules, **kwargs)
+            # upstream sets the scales of every module with a scheme, those of another SRDModifier too
+            theirs = self._capture.names.keys() - self._quantized.keys() if self._capture is not None else set()
+            own = [module for module in modules if module not in theirs]
+            super().on_sequential_epoch_end(state, event, own, **kwargs)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """End calibration, if it quantizes itself."""
@@ -286,11 +300,11 @@ class SRDModifier(QuantizationModifier):
     def calibration_starts(self, quantizer: Modifier) -> None:
         """Measure the sensitivity, sum the inputs of the quantizer's modules, reserve the disk space if need be."""
         assert self._capture is not None
-        self._measure_sensitivity()
+        self._capture.measure_damage()
         if _overwrites_weights(quantizer) or self._capture.by_inputs:
             self._capture.reserve(Path(self.spool_dir) if self.spool_dir else None)
-        for module, name in self._names.items():
-            self.register_hook(module, partial(self._add_inputs, name), "forward_pre")
+        for module in self._capture.watch(self._own(quantizer, self._quantized)):
+            self.register_hook(module, partial(self._add_inputs, self._quantized[module].name), "forward_pre")
 
     def before_quantizing(self, quantizer: Modifier, modules: Sequence[nn.Module]) -> None:
         """Keep the originals of a layer that is about to be overwritten."""
@@ -299,24 +313,23 @@ class SRDModifier(QuantizationModifier):
         self._capture.settle_weights()
         overwritten = _overwrites_weights(quantizer)
         if overwritten or self._capture.by_inputs:
-            self._capture.keep_originals((m for m in modules if m in self._names), overwritten=overwritten)
+            self._capture.keep_originals(self._own(quantizer, modules), overwritten=overwritten)
 
     def after_quantizing(self, quantizer: Modifier, modules: Sequence[nn.Module]) -> None:
         """Encode what the quantizer lost in that layer."""
         assert self._capture is not None
         self._quantizing = False
-        own = [module for module in modules if isinstance(module, nn.Linear) and module in self._names]
+        own = self._own(quantizer, modules)
         for module in own:
-            check_scale(self._names[module], module)
-        if quantizer is self and self.base_rounding == "feedback":
-            self._capture.quantize_base(own, self._names, self.balance)
-        self._capture.encode_quantized(own, type(quantizer).__name__)
-        self._capture.release_inputs(self._names[module] for module in own)
+            check_scale(self._quantized[module].name, module)
+        balance = self.balance if quantizer is self and self.base_rounding == "feedback" else None
+        self._capture.after_quantizing(own, type(quantizer).__name__, balance=balance)
 
     def calibration_ends(self, quantizer: Modifier) -> None:
         """Stop summing inputs."""
         assert self._capture is not None
         self._capture.settle_weights()
+        self._capture.unwatch(self._own(quantizer, self._quantized))
         self.remove_hooks()
 
     def _add_inputs(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -324,13 +337,12 @@ class SRDModifier(QuantizationModifier):
         if self._capture is not None and not self._quantizing:
             self._capture.inputs.add(name, inputs[0])
 
-    def _measure_sensitivity(self) -> None:
-        """Once, before the first calibration forward, when transforms before this modifier have changed the weights."""
-        assert self._capture is not None
-        if self.sensitivity_method == "off" or self._measured:
-            return
-        self._measured = True
-        modules = {name: module for module, name in self._names.items() if isinstance(module, nn.Linear)}
+    @property
+    def _sensitivity_of(self) -> Callable[[dict[str, nn.Linear]], OutputSensitivity] | None:
+        """What measures the sensitivity of modules by this modifier's settings; None if it is off."""
+        return None if self.sensitivity_method == "off" else self._measure_sensitivity
+
+    def _measure_sensitivity(self, modules: dict[str, nn.Linear]) -> OutputSensitivity:
         assert self._model is not None
         with DisableQuantization(self._model):
             output = output_sensitivity(
@@ -344,7 +356,12 @@ class SRDModifier(QuantizationModifier):
         logger.info(
             f"SRD measured the sensitivity of {len(modules)} modules on {output.tokens:,} tokens: {output.method}"
         )
-        self._capture.predict_damage(output, {module: name for name, module in modules.items()})
+        return output
+
+    def _own(self, quantizer: Modifier, modules: Iterable[nn.Module]) -> list[nn.Linear]:
+        """Those of the modules that this quantizer quantizes; another one may follow it in the recipe."""
+        found = (self._quantized.get(module) for module in modules)
+        return [entry.module for entry in found if entry is not None and entry.quantizer is quantizer]
 
     def _may_correct(self) -> list[str]:
         return sorted(self.resolved_targets) if self.quantizes_itself else list(self.targets)

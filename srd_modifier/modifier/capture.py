@@ -11,7 +11,7 @@ import hashlib
 import mmap
 import tempfile
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,7 +80,9 @@ class ResidualCapture:
         self._quantized: dict[nn.Module, Tensor] = {}
         self.inputs = CalibrationInputs()
         self.budget: Budget | None = None
-        self._names: dict[nn.Module, str] = {}
+        self.names: dict[nn.Module, str] = {}
+        self._watched: set[nn.Module] = set()
+        self._measure: Callable[[dict[str, nn.Linear]], OutputSensitivity] | None = None
         self._output: OutputSensitivity | None = None
         self._damages: dict[str, ModuleSensitivity] = {}
         self._candidates: CandidateStore | None = None
@@ -125,10 +127,34 @@ class ResidualCapture:
         assert self._format is not None
         return self._format
 
-    def predict_damage(self, output: OutputSensitivity, modules: dict[nn.Module, str]) -> None:
-        """Predict the damage of these modules, by the output sensitivity that was measured on the original model."""
-        self._output = output
-        self._names |= modules
+    def plan_damage(
+        self, modules: dict[nn.Module, str], measure: Callable[[dict[str, nn.Linear]], OutputSensitivity] | None
+    ) -> None:
+        """Plan one SRDModifier's part of the sensitivity: a checkpoint has all its quantized modules or none.
+
+        Args:
+            modules: that are quantized.
+            measure: the output sensitivity of modules; the first modifier's that has one is used for all.
+        """
+        self.names |= modules
+        self._measure = self._measure or measure
+
+    def measure_damage(self) -> None:
+        """Once, before the first calibration forward, when transforms before it have changed the weights."""
+        if self._measure is None or self._output is not None:
+            return
+        modules = {name: module for module, name in self.names.items() if isinstance(module, nn.Linear)}
+        self._output = self._measure(modules)
+
+    def watch(self, modules: Iterable[nn.Linear]) -> list[nn.Linear]:
+        """Those of the modules whose inputs no other SRDModifier sums already."""
+        new = [module for module in modules if module not in self._watched]
+        self._watched.update(new)
+        return new
+
+    def unwatch(self, modules: Iterable[nn.Linear]) -> None:
+        """The inputs of these modules are not summed any more."""
+        self._watched.difference_update(modules)
 
     @property
     def by_inputs(self) -> bool:
@@ -165,28 +191,9 @@ class ResidualCapture:
     def keep_originals(self, modules: Iterable[nn.Module], *, overwritten: bool) -> None:
         """Keep the weights that are about to be quantized; copies, if the quantizer will overwrite them."""
         for module in modules:
-            if isinstance(module, nn.Linear) and (module in self.modules or module in self._names):
+            if isinstance(module, nn.Linear) and (module in self.modules or self._measure is not None):
                 weight = module.weight.detach()
                 self._originals[module] = _copy(weight) if overwritten else weight
-
-    @torch.no_grad()
-    def quantize_base(self, modules: Iterable[nn.Linear], names: dict[nn.Module, str], balance: float) -> None:
-        """Replace the scales that an observer set, and the weights, by those of the quantizer with error feedback.
-
-        Until the next layer's turn the weights are `W4 + balance * (W - W4)`: the layers after this one are calibrated
-        on the inputs that they will have, which with the residual are nearly the original ones.
-
-        Raises:
-            RecipeError: a module saw no calibration data, or impossible values.
-        """
-        for module in modules:
-            original = module.weight.detach()
-            try:
-                quantized = quantize_module(module, self._hessian(names[module], module), balance)
-            except ValueError as error:
-                raise RecipeError(f"{names[module]}: {error}") from error
-            self._quantized[module] = quantized.to(original.dtype)
-            update_offload_parameter(module, "weight", quantized.lerp(original.float(), balance).to(original.dtype))
 
     def settle_weights(self) -> None:
         """Put the quantized weights in place of those that the layers after them were calibrated with."""
@@ -195,30 +202,53 @@ class ResidualCapture:
         self._quantized.clear()
 
     @torch.no_grad()
-    def encode_quantized(self, modules: Iterable[nn.Module], quantizer: str) -> None:
-        """Encode the residual of modules whose originals were kept, and release these.
+    def after_quantizing(self, modules: Iterable[nn.Linear], quantizer: str, *, balance: float | None = None) -> None:
+        """Encode what quantizing these modules lost, and release their originals and inputs.
+
+        Args:
+            modules: that were quantized, those included that get no residual.
+            quantizer: its name, for errors.
+            balance: quantize the modules here first, with error feedback at this balance.
 
         Raises:
-            RecipeError: nothing at all was lost in any of them: their weights were quantized before.
+            RecipeError: a module saw no calibration data and needs it, or nothing at all was lost in any: their weights
+                were quantized before.
         """
-        done = [module for module in modules if isinstance(module, nn.Linear) and module in self._originals]
-        nothing_lost = []
-        for module in done:
-            scheme = module.quantization_scheme
-            state = {name: tensor for name, tensor in get_direct_state_dict(module).items() if tensor is not None}
-            state["weight"] = self._quantized.get(module, state["weight"])
-            compressor = BaseCompressor.get_value_from_registry(infer_module_format(type(module), scheme).value)
-            packed = compressor.compress(state, scheme)
-            original = self._originals.pop(module)
-            lost = (self._encode_by_inputs if self.by_inputs else self._encode)(module, original, packed)
-            if module in self.modules:
-                nothing_lost.append(lost)
-        self._refuse_if_nothing([module for module in done if module in self.modules], nothing_lost, quantizer)
+        corrected, nothing_lost = [], []
+        for module in modules:
+            if balance is not None:
+                self._quantize_base(module, balance)
+            if module in self._originals:
+                lost = self._encode_quantized(module)
+                if module in self.modules:
+                    corrected.append(module)
+                    nothing_lost.append(lost)
+            self.inputs.release(self.names[module])
+        self._refuse_if_nothing(corrected, nothing_lost, quantizer)
 
-    def release_inputs(self, names: Iterable[str]) -> None:
-        """Keep no more than the mean squares of modules that are quantized."""
-        for name in names:
-            self.inputs.release(name)
+    def _quantize_base(self, module: nn.Linear, balance: float) -> None:
+        """Quantize a weight with error feedback.
+
+        Until the next layer's turn it is `W4 + balance * (W - W4)`: the layers after this one are calibrated on the
+        inputs that they will have, which with the residual are nearly the original ones.
+        """
+        name, original = self.names[module], module.weight.detach()
+        try:
+            quantized = quantize_module(module, self._hessian(name, module), balance)
+        except ValueError as error:
+            raise RecipeError(f"{name}: {error}") from error
+        self._quantized[module] = quantized.to(original.dtype)
+        update_offload_parameter(module, "weight", quantized.lerp(original.float(), balance).to(original.dtype))
+
+    def _encode_quantized(self, module: nn.Linear) -> bool:
+        """Encode what was lost in a module whose original was kept; True if that is nothing."""
+        scheme = module.quantization_scheme
+        state = {name: tensor for name, tensor in get_direct_state_dict(module).items() if tensor is not None}
+        state["weight"] = self._quantized.get(module, state["weight"])
+        compressor = BaseCompressor.get_value_from_registry(infer_module_format(type(module), scheme).value)
+        packed = compressor.compress(state, scheme)
+        original = self._originals.pop(module)
+        return (self._encode_by_inputs if self.by_inputs else self._encode)(module, original, packed)
 
     # what saving calls
 
@@ -313,8 +343,8 @@ class ResidualCapture:
             )
 
     def _refuse_if_not_calibrated(self) -> None:
-        names = [*self._names.values(), *(corrected.name for corrected in self.modules.values())]
-        missing = next((name for name in names if name not in self._encoded), None)
+        needed = self.modules if self._output is None else self.names
+        missing = next((self.names[module] for module in needed if self.names[module] not in self._encoded), None)
         if missing is not None:
             raise RecipeError(f"{missing} was not calibrated by the recipe; its residual cannot be computed")
 
@@ -332,7 +362,7 @@ class ResidualCapture:
 
     def _encode_by_inputs(self, module: nn.Linear, original: Tensor, packed: dict[str, Tensor]) -> bool:
         """Encode one module's residual under its Hessian, in every candidate format, and predict what each leaves."""
-        name = self._names[module] if module in self._names else self.modules[module].name
+        name = self.names[module]
         zero_points = unpack_zero_points(packed.get("weight_zero_point"), module.out_features)
         base = dequantize_w4(packed["weight_packed"], packed["weight_scale"], zero_points, module.in_features)
         residual = original.float() - base
