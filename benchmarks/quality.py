@@ -314,8 +314,11 @@ def print_targets(points: list[Point]) -> None:
 
 def plot(points: list[Point], path: Path) -> None:
     """Divergence against bits per weight."""
+    import matplotlib
     from matplotlib.figure import Figure
 
+    # text as text, and the same bytes for the same figures
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "srd-modifier"})
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     styles = {
