@@ -17,6 +17,7 @@ from srd_modifier.checkpoint.config import IMPORTANCE, read_srd_config
 from srd_modifier.checkpoint.sidecar import Sidecar
 from srd_modifier.errors import CheckpointError, MissingExtraError, RecipeError, SRDError
 from srd_modifier.modifier.capture import ResidualCapture
+from srd_modifier.modifier.inputs import CalibrationInputs
 from srd_modifier.quantizing import SELF, _load, load_recipe, quantize
 
 MODULES = 42  # seven in each of the random Llama's six layers
@@ -248,7 +249,7 @@ def test_a_file_is_never_overwritten(random_llama, recipe, output):
 
 
 def fail_in_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ResidualCapture, "add_inputs", fail)
+    monkeypatch.setattr(CalibrationInputs, "add", fail)
 
 
 def fail_in_the_fourth_module(monkeypatch: pytest.MonkeyPatch) -> None:

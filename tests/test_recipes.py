@@ -12,11 +12,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from srd_modifier.checkpoint.config import IMPORTANCE, read_srd_config
+from srd_modifier.checkpoint.sensitivity import read_sensitivity
 from srd_modifier.checkpoint.sidecar import Sidecar
+from srd_modifier.checkpoint.sizes import measure
 from srd_modifier.errors import RecipeError
+from srd_modifier.modifier.candidates import DEFAULT_CANDIDATES
 from srd_modifier.quantizing import quantize
 from srd_modifier.residual import ResidualFormat
 from srd_modifier.transformers import load_corrected
@@ -37,22 +40,26 @@ class Promise:
     """What a recipe says it does.
 
     Attributes:
-        corrected: the modules with a residual.
+        corrected: the modules with a residual; None where a budget chooses them.
         format: of their residual.
         share: of the divergence of W4 that the residual leaves, at most.
         data: whether the recipe needs calibration data.
         group: columns per scale of the W4 weights.
         symmetric: whether these have no zero points.
         layer_alphas: alpha of patterns that differ.
+        bits: per weight, of the budget.
+        feedback: whether the base is rounded with feedback, which llm-compressor alone does not.
     """
 
-    corrected: set[str]
+    corrected: set[str] | None
     format: ResidualFormat = D8
     share: float = 1e-3
     data: bool = True
     group: int = 128
     symmetric: bool = True
     layer_alphas: dict[str, float] = field(default_factory=dict)
+    bits: float | None = None
+    feedback: bool = False
 
 
 PROMISES = {
@@ -73,8 +80,11 @@ PROMISES = {
         symmetric=False,
         layer_alphas={"re:.*o_proj$": 0.5},
     ),
+    "srd_budget": Promise(None, share=0.5, bits=5.5, feedback=True),
+    "srd_small": Promise(None, share=0.8, bits=4.8, feedback=True, group=64),
 }
-SLOW = {"srd_autoround"}
+BUDGETS = [name for name, promise in PROMISES.items() if promise.bits is not None]
+SLOW = {"srd_autoround", *BUDGETS}
 
 every_recipe = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in RECIPES]
@@ -83,6 +93,7 @@ every_srd_recipe = pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in RECIPES if name != "w4a16"],
 )
+every_budget = pytest.mark.parametrize("name", BUDGETS)
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +179,12 @@ def stand_in_for_pinned_memory(patch: pytest.MonkeyPatch) -> None:
 
 
 @torch.no_grad()
-def divergence(model: Path, candidate: Any) -> float:
-    """Mean KL(original || candidate) in nats per token, on random tokens, in float32."""
+def divergence(model: Path, candidate: Any, *, text: Path | None = None) -> float:
+    """Mean KL(original || candidate) in nats per token, in float32, on random tokens or on a part of a text."""
     ids = torch.randint(0, 4096, (4, 64), generator=torch.Generator().manual_seed(1))
+    if text is not None:
+        tokens = AutoTokenizer.from_pretrained(model)(text.read_text(encoding="utf-8")[-8000:])["input_ids"]
+        ids = torch.tensor(tokens[:1024]).view(8, 128)
     original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     p, q = (each(ids).logits.double().log_softmax(-1) for each in (original, candidate))
     return float((p.exp() * (p - q)).sum(-1).mean())
@@ -202,8 +216,12 @@ def test_the_residual_is_what_the_recipe_says(run, name):
     promise, output = PROMISES[name], run(name)
     sidecar = Sidecar.open(output)
     sidecar.verify()
-    assert set(sidecar.config.modules) == promise.corrected
-    assert {entry.format for entry in sidecar.entries.values()} == {promise.format}
+    if promise.corrected is None:
+        assert sidecar.entries.keys() < EVERYTHING
+        assert {entry.format for entry in sidecar.entries.values()} <= set(DEFAULT_CANDIDATES)
+    else:
+        assert set(sidecar.config.modules) == promise.corrected
+        assert {entry.format for entry in sidecar.entries.values()} == {promise.format}
     assert sidecar.config.alpha == 1.0
     assert sidecar.config.layer_alphas == promise.layer_alphas
     assert (output / IMPORTANCE).is_file() is promise.data
@@ -221,6 +239,8 @@ def test_the_residual_takes_back_what_w4_loses(run, model, name):
 @every_srd_recipe
 def test_the_base_is_the_one_of_the_recipe_without_the_residual(run, name):
     """Bit for bit: keeping the residual must not change what is kept as W4."""
+    if PROMISES[name].feedback:
+        pytest.skip("the base is SRDModifier's own")
     with_residual, alone = (
         load_file(run(name) / "model.safetensors"),
         load_file(run(name, alone=True) / "model.safetensors"),
@@ -257,6 +277,56 @@ def test_the_saved_recipe_gives_the_same_checkpoint(run, model, tmp_path):
     )
     for name in ("model.safetensors", "srd/residual-00001-of-00001.safetensors", "recipe.yaml"):
         assert (tmp_path / "again" / name).read_bytes() == (output / name).read_bytes()
+
+
+# budgets
+
+
+@pytest.fixture(scope="module")
+def spent(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Run a recipe with a budget once on tiny-llama, whose layers are worth more or less, and give its checkpoint."""
+    folder = tmp_path_factory.mktemp("budgets")
+
+    def run(name: str) -> Path:
+        if not (folder / name).exists():
+            quantize(
+                str(tiny_llama), RECIPES[name], folder / name, dataset=str(TEXT), num_samples=16, max_seq_length=128
+            )
+        return folder / name
+
+    return run
+
+
+@pytest.mark.slow
+@every_budget
+def test_the_budget_is_kept_and_used_up(spent, name):
+    bits = PROMISES[name].bits
+    assert bits is not None
+    output = spent(name)
+    assert 0.995 * bits < measure(output).bits_per_weight <= bits
+    assert sorted(path.name for path in output.parent.iterdir() if path.name.startswith(".")) == []
+
+
+@pytest.mark.slow
+@every_budget
+def test_the_predicted_divergence_is_written_and_about_right(spent, tiny_llama, name):
+    output = spent(name)
+    sensitivity = read_sensitivity(output)
+    assert sensitivity is not None
+    assert (sensitivity.method, sensitivity.tokens) == ("gradient", 16 * 128)
+    corrected = Sidecar.open(output).entries
+    assert {module for module, each in sensitivity.modules.items() if each.corrected is not None} == set(corrected)
+    assert set(sensitivity.modules) == {f"model.layers.{layer}.{module}" for layer in range(8) for module in IN_LAYER}
+    found = {
+        alpha: divergence(tiny_llama, load_corrected(output, alpha=alpha, dtype=torch.float32), text=TEXT)
+        for alpha in (0.0, 1.0)
+    }
+    predicted = {alpha: sensitivity.predicted(dict.fromkeys(corrected, alpha)) for alpha in found}
+    assert predicted[1.0] < predicted[0.0]
+    assert found[1.0] < found[0.0]
+    # on text that was not calibrated on, of which the compensations know nothing
+    for alpha, value in found.items():
+        assert 0.2 < predicted[alpha] / value < 2
 
 
 # AWQ

@@ -10,7 +10,7 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.utils.helpers import DisableQuantization
 from loguru import logger
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 
 from srd_modifier.checkpoint.config import check_alphas
@@ -112,6 +112,12 @@ class SRDModifier(QuantizationModifier):
     _model: nn.Module | None = PrivateAttr(None)
     _calibration: Any = PrivateAttr(None)
     _undo: list[Callable[[], None]] = PrivateAttr(default_factory=list)
+
+    @field_validator("sensitivity", mode="before")
+    @classmethod
+    def _read_off(cls, value: Any) -> Any:
+        """YAML reads `off` as false."""
+        return "off" if value is False else value
 
     @model_validator(mode="after")
     def _check_settings(self) -> "SRDModifier":

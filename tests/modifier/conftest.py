@@ -1,5 +1,6 @@
 """What the quantizer alone saves, checkpoints read by hand, and forwards that must not happen."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -125,6 +126,94 @@ def make_recipe(group_scheme: Callable[..., dict[str, Any]]) -> Callable[..., li
 def quantize(quantize: Callable[..., Path]) -> Callable[..., Path]:
     """The shared fixture, with the samples in their own order: sums depend on it in their last bits."""
     return partial(quantize, shuffle_calibration_samples=False)
+
+
+@pytest.fixture(scope="session")
+def small_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of three small layers with random bf16 weights, for what takes long.
+
+    Its norms differ from column to column, as those of a trained model do, so that columns are not worth the same.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=4096,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            torch.nn.init.normal_(parameter, std=0.7).data.exp_()
+    return _with_tokenizer(model, tiny_llama, tmp_path_factory.mktemp("models") / "small-llama")
+
+
+@pytest.fixture(scope="session")
+def small_mixture(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 mixture of experts of two layers; the router of the second sends no token to its last one."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        hidden_size=64,
+        moe_intermediate_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=4096,
+        num_experts=5,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+    )
+    model = Qwen3MoeForCausalLM(config)
+    with torch.no_grad():
+        # of a logit and its negative one is above 0, so that two of the first four are above the last one's
+        router = model.model.layers[1].mlp.gate.weight
+        router[1], router[3], router[4] = -router[0], -router[2], 0.0
+    return _with_tokenizer(model, tiny_llama, tmp_path_factory.mktemp("models") / "small-mixture")
+
+
+def _with_tokenizer(model: Any, tokenizer: Path, directory: Path) -> Path:
+    model.to(torch.bfloat16).save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, directory / name)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def divergence() -> Callable[..., float]:
+    """Mean KL(original || checkpoint) in nats per token, in float32; by default on text that was not calibrated on."""
+    from transformers import AutoTokenizer
+
+    from srd_modifier.transformers import load_corrected
+
+    @torch.no_grad()
+    def measure(original: Path, checkpoint: Path, alpha: float, *, rows: list[list[int]] | None = None) -> float:
+        if rows is None:
+            text = (Path(__file__).parents[2] / "examples" / "text" / "demo.txt").read_text(encoding="utf-8")
+            ids = AutoTokenizer.from_pretrained(original)(text[20000:26000])["input_ids"]
+            rows = [ids[start : start + 64] for start in range(0, 512, 64)]
+        ids = torch.tensor(rows)
+        models = (
+            AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32),
+            load_corrected(checkpoint, alpha=alpha, dtype=torch.float32),
+        )
+        p, q = (model(ids).logits.double().log_softmax(-1) for model in models)
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    return measure
 
 
 @pytest.fixture(scope="session")

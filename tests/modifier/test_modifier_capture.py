@@ -31,8 +31,8 @@ def held(monkeypatch) -> Held:
     held = Held()
     keep, make = ResidualCapture.keep_originals, ResidualCapture.__init__
 
-    def keep_originals(self: ResidualCapture, modules: Any) -> None:
-        keep(self, modules)
+    def keep_originals(self: ResidualCapture, modules: Any, *, overwritten: bool) -> None:
+        keep(self, modules, overwritten=overwritten)
         held.moments.append([self.modules[module].name for module in self._originals])
 
     def init(self: ResidualCapture, *args: Any) -> None:
@@ -98,7 +98,8 @@ def test_residuals_wait_where_the_recipe_says(quantize, make_recipe, held, tmp_p
     output = quantize(make_recipe("gptq", spool_dir=str(spool)), tmp_path / "srd", data=True)
     (capture,) = held.captures
     files = capture.files()
-    assert {file.parent.parent for file in files} == {spool}
+    assert {file.parent.name for file in files} == {"sidecar"}
+    assert {file.parent.parent.parent for file in files} == {spool}
     assert {file.name for file in files} == {file.name for file in (output / "srd").iterdir()} - {
         "importance.safetensors"
     }
