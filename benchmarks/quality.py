@@ -64,6 +64,7 @@ class Setting:
     max_tokens: int | None
     group_size: int
     ctx: int
+    budgets: tuple[float, ...]
     folder: Path
 
     @classmethod
@@ -76,6 +77,7 @@ class Setting:
             options.max_tokens,
             options.group_size,
             options.ctx,
+            tuple(options.budgets),
             folder,
         )
 
@@ -111,6 +113,7 @@ def parse(description: str) -> argparse.Namespace:
     )
     parser.add_argument("--max-tokens", type=int, default=20_480)
     parser.add_argument("--group-size", type=int, default=64, help="Of W4.")
+    parser.add_argument("--budgets", type=float, nargs="+", default=_BUDGETS, help="Bits per weight, rising.")
     parser.add_argument("--ctx", type=int, default=512, help="Tokens of a window, and of a calibration sample.")
     parser.add_argument("--plot", type=Path, default=None, help="Draw quality against bytes (svg or png).")
     parser.add_argument("--json", type=Path, default=None, help="Write every point.")
@@ -155,7 +158,7 @@ def measure(setting: Setting) -> list[Point]:
             for bits in (4, 2):
                 name = f"feedback W4 (balance {balance}) + D{bits} nearest"
                 add("nearest", name, make(setting, name, {"SRDModifier": {**base, "residual_bits": bits}}))
-        for budget in _BUDGETS if balance == 0.6 else _BUDGETS[-3:]:
+        for budget in setting.budgets if balance == 0.6 else setting.budgets[-3:]:
             name = f"budget {budget:g} bpw (balance {balance})"
             directory = make(setting, name, {"SRDModifier": {**base, "correct": {"budget": f"{budget}bpw"}}})
             add(f"budget {balance}", name, directory, budget)
@@ -179,15 +182,7 @@ def make(setting: Setting, name: str, modifiers: dict[str, Any]) -> Path:
 
 def score(setting: Setting, family: str, name: str, directory: Path | str, budget: float | None, **dial: Any) -> Point:
     """Score a model directory, print the row."""
-    report = evaluate_text(
-        str(directory),
-        setting.text,
-        reference=setting.model,
-        ctx=setting.ctx,
-        stride=512,
-        max_tokens=setting.max_tokens,
-        **dial,
-    )
+    report = _report(setting, directory, **dial)
     divergence, size = report.divergence, report.size
     assert divergence is not None
     bits = _K_BITS.get(name, size.bits_per_weight)
@@ -221,7 +216,13 @@ def evaluate(setting: Setting, directory: Path, **dial: Any) -> float:
 
 def _report(setting: Setting, directory: Path | str, **dial: Any) -> Report:
     return evaluate_text(
-        str(directory), setting.text, reference=setting.model, ctx=setting.ctx, max_tokens=setting.max_tokens, **dial
+        str(directory),
+        setting.text,
+        reference=setting.model,
+        ctx=setting.ctx,
+        stride=setting.ctx,
+        max_tokens=setting.max_tokens,
+        **dial,
     )
 
 

@@ -150,6 +150,14 @@ class SRDModifier(QuantizationModifier):
             raise ConfigError(f"sensitivity_tokens is {self.sensitivity_tokens!r}, expected a whole number above 0")
         if self.budget is not None and self.sensitivity == "off":
             raise ConfigError("sensitivity is 'off', but a budget is spent by it; leave it out, or choose another")
+        if self.budget is not None:
+            for name in ("residual_bits", "residual_group_size", "density", "scale_dtype"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ConfigError(
+                        f"{name} is {getattr(self, name)!r}, but a budget chooses it; set candidates instead"
+                    )
+            if self.rounding not in ("nearest", "feedback"):
+                raise ConfigError(f"rounding is {self.rounding!r}, but a budget takes feedback; leave it out")
         if self.budget is None and self.candidates is not None:
             raise ConfigError("candidates are what a budget chooses from; set correct to a budget, or leave them out")
         self.candidate_formats  # noqa: B018 - building them checks them

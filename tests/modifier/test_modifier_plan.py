@@ -425,6 +425,12 @@ SETTINGS = [
     ),
     ({"correct": {"budget": "5bpw"}, "candidates": []}, "candidates is empty, expected at least one format"),
     (
+        {"correct": {"budget": "5bpw"}, "residual_bits": 4},
+        "residual_bits is 4, but a budget chooses it; set candidates",
+    ),
+    ({"correct": {"budget": "5bpw"}, "density": 0.5}, r"density is 0\.5, but a budget chooses it"),
+    ({"correct": {"budget": "5bpw"}, "rounding": "dithered"}, "rounding is 'dithered', but a budget takes feedback"),
+    (
         {"correct": {"budget": "5bpw"}, "candidates": [{"bits": 4}, {"bit": 4}]},
         r"candidates\[1\] has 'bit', expected only \('bits', 'group_size', 'density', 'scale_dtype'\)",
     ),
