@@ -35,10 +35,10 @@ from srd_modifier.residual.calibrated import DEFAULT_BALANCE, check_balance
 from srd_modifier.selection.budget import Budget
 from srd_modifier.selection.choice import budget_of, check_choice
 from srd_modifier.selection.patterns import pattern_value
-from srd_modifier.selection.sensitivity import OutputSensitivity, output_sensitivity
+from srd_modifier.selection.sensitivity import METHODS, OutputSensitivity, output_sensitivity
 
 _BASE_ROUNDINGS = ("nearest", "feedback")
-_SENSITIVITIES = ("off", "auto", "gradient", "forward")
+_SENSITIVITIES = ("off", *METHODS)
 
 
 class SRDModifier(QuantizationModifier):
@@ -131,7 +131,7 @@ class SRDModifier(QuantizationModifier):
             raise ConfigError(f"{own}{error}") from None
         self._check_calibrated_settings()
         # with another quantizer it is that one's calibration that is watched
-        if self.quantizes_itself and (self.needs_inputs or self.sensitivity_method != "off"):
+        if self.quantizes_itself and self.needs_inputs:
             self.requires_calibration_data = True
         return self
 

@@ -286,7 +286,7 @@ class ResidualCapture:
         """Spend the budget, if there is one, on the model that was saved to `directory`.
 
         Raises:
-            ConfigError: the budget is too small for the W4 model, or too large for its residuals.
+            ConfigError: the budget is too small for the W4 model, or the divergence out of reach.
         """
         store = self._candidates
         if store is None or self.budget is None or self._finished:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from srd_modifier.errors import ConfigError
-from srd_modifier.residual.codec import EncodedResidual, encode, from_levels
-from srd_modifier.residual.feedback import Grid, ScaleFit, descend, round_with_feedback
+from srd_modifier.residual.codec import EncodedResidual, encode, from_levels, row_blocks
+from srd_modifier.residual.feedback import Grid, ScaleFit, descend, group_sums, round_with_feedback
 from srd_modifier.residual.format import WHOLE_ROW, ResidualFormat
 from srd_modifier.residual.hessian import Hessian
-from srd_modifier.residual.levels import level_offset, level_range
+from srd_modifier.residual.levels import as_divisor, level_offset, level_range
 from srd_modifier.residual.packing import unpack
 
 DEFAULT_BALANCE = 0.6
@@ -132,7 +132,7 @@ def quantize_base(
         raise ValueError("the weight has NaN or infinite entries")
     blocks = [
         _quantize_rows(weight[rows], hessian, columns, balance, symmetric, scale_dtype)
-        for rows in _row_blocks(*weight.shape)
+        for rows in row_blocks(*weight.shape, entries=_BLOCK_ENTRIES)
     ]
     zero_point = (
         None if symmetric else torch.cat([block.zero_point for block in blocks if block.zero_point is not None])
@@ -215,8 +215,8 @@ def _search(
     product = hessian.regularized @ target
     best: _Found | None = None
     levels, kept = torch.zeros_like(target), keep
+    grid = grid_of(scale)
     for feedback, sweeps in schedule:
-        grid = grid_of(scale)
         if feedback:
             levels, kept = round_with_feedback(target, scale, groups, grid, hessian, keep=keep)
         if sweeps:
@@ -227,7 +227,8 @@ def _search(
         fitted = fit.solve(scale).to(scale_dtype).float()
         if least_scale is not None:
             fitted = torch.where(fitted.abs() < least_scale, scale, fitted)
-        admissible = torch.where(_within(levels, grid_of(fitted), groups, len(scale)), fitted, scale)
+        grid = grid_of(fitted)
+        admissible = torch.where(_within(levels, grid, groups, len(scale)), fitted, scale)
         best = _Found(levels, admissible, kept, fit.loss(admissible)).better(best)
         scale = fitted
     assert best is not None
@@ -237,7 +238,7 @@ def _search(
 def _within(levels: Tensor, grid: Grid, groups: Tensor, count: int) -> Tensor:
     """Bool `[groups, rows]`: whether all levels of a group are ones that the grid has."""
     outside = ((levels < grid.low) | (levels > grid.high)).to(levels.dtype)
-    return torch.zeros(count, levels.shape[1], device=levels.device).index_add_(0, groups, outside) == 0
+    return group_sums(outside, groups, count).T == 0
 
 
 def _together(formats: Sequence[ResidualFormat], in_features: int) -> list[list[int]]:
@@ -271,21 +272,21 @@ def _encode_batch(
     low = per_row([level_range(fmt.bits)[0] for fmt in formats])
     high = per_row([level_range(fmt.bits)[1] for fmt in formats])
     groups = _groups(in_features, formats[0].columns_per_group(in_features), residual.device)
-    found = []
-    for block in _row_blocks(*target.shape):
+
+    def search(block: slice) -> _Found:
         grid = Grid(offset[:, block], low[:, block], high[:, block])
-        found.append(
-            _search(
-                _transposed(target[block]),
-                _transposed(scale[block]),
-                groups,
-                lambda _, grid=grid: grid,  # type: ignore[misc]
-                hessian,
-                _RESIDUAL_ROUNDS if plan is None else _SPARSE_ROUNDS,
-                scale_dtype=formats[0].torch_scale_dtype,
-                keep=None if plan is None else _transposed(plan[block]),
-            )
+        return _search(
+            _transposed(target[block]),
+            _transposed(scale[block]),
+            groups,
+            lambda _: grid,
+            hessian,
+            _RESIDUAL_ROUNDS if plan is None else _SPARSE_ROUNDS,
+            scale_dtype=formats[0].torch_scale_dtype,
+            keep=None if plan is None else _transposed(plan[block]),
         )
+
+    found = [search(block) for block in row_blocks(*target.shape, entries=_BLOCK_ENTRIES)]
     levels = torch.cat([one.levels for one in found], dim=1).T.split(rows)
     scales = torch.cat([one.scale for one in found], dim=1).T.to(formats[0].torch_scale_dtype).split(rows)
     keep = None if plan is None else torch.cat([one.keep for one in found if one.keep is not None], dim=1).T
@@ -314,7 +315,7 @@ def _quantize_rows(
     def grid_of(scale: Tensor) -> Grid:
         if math.isinf(reach):
             return Grid(torch.zeros(1, rows, device=weight.device), least, most)
-        steps = target / torch.where(scale == 0, torch.inf, scale)[groups]
+        steps = target / as_divisor(scale)[groups]
         low = (steps - reach).ceil_().clamp_(least, most)
         high = (steps + reach).floor_().clamp_(least, most)
         return Grid(torch.zeros(1, rows, device=weight.device), low, torch.maximum(low, high))
@@ -378,7 +379,7 @@ def _search_base_scale(
     best_scale, best_zero = torch.zeros_like(full_scale), torch.zeros_like(full_scale)
     for fraction in torch.linspace(least_fraction, 1.0, _SCALE_CANDIDATES).tolist():
         scale = (full_scale * fraction).to(dtype).float()
-        divisor = torch.where(scale == 0, torch.inf, scale)
+        divisor = as_divisor(scale)
         zero = torch.zeros_like(scale)
         if not symmetric:
             zero = (_LEAST_CODE - low * fraction / divisor).round_().clamp_(_LEAST_CODE, _MOST_CODE)
@@ -398,9 +399,3 @@ def _groups(in_features: int, columns: int, device: torch.device) -> Tensor:
 
 def _transposed(matrix: Tensor) -> Tensor:
     return matrix.T.contiguous()
-
-
-def _row_blocks(rows: int, in_features: int) -> list[slice]:
-    """Slices of rows that are worked on at once."""
-    block = max(1, _BLOCK_ENTRIES // in_features)
-    return [slice(start, start + block) for start in range(0, rows, block)]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from srd_modifier.residual.format import ResidualFormat
-from srd_modifier.residual.levels import code_range, level_offset, level_range, nearest_levels
+from srd_modifier.residual.levels import as_divisor, code_range, level_offset, level_range, nearest_levels
 from srd_modifier.residual.packing import pack, unpack
 from srd_modifier.residual.rounding import round_, uniform_noise
 
@@ -93,7 +93,7 @@ def encode(
             weight,
             None if keep is None else keep[rows],
         )
-        for rows in _row_blocks(out_features, in_features)
+        for rows in row_blocks(out_features, in_features)
     ]
     return _encoded(torch.cat([block for block, _ in blocks]), torch.cat([block for _, block in blocks]), fmt, keep)
 
@@ -186,7 +186,7 @@ def add_decoded_(
     keep = None if encoded.mask is None else unpack(encoded.mask, 1, in_features).bool()
     codes = _load(encoded.codes, fmt, out_features, in_features, keep)
     offset = level_offset(fmt.bits)
-    for rows in _row_blocks(out_features, in_features):
+    for rows in row_blocks(out_features, in_features):
         steps = codes[rows].to(torch.float32)
         if offset:
             steps += offset
@@ -203,9 +203,9 @@ def add_decoded_(
     return weight
 
 
-def _row_blocks(out_features: int, in_features: int) -> Iterator[slice]:
-    """Slices of rows of about a million entries, so that the temporaries of a large weight stay in the cache."""
-    rows = max(1, _BLOCK_ENTRIES // in_features)
+def row_blocks(out_features: int, in_features: int, *, entries: int = _BLOCK_ENTRIES) -> Iterator[slice]:
+    """Slices of rows of so many entries; of a million the temporaries of a large weight stay in the cache."""
+    rows = max(1, entries // in_features)
     return (slice(start, start + rows) for start in range(0, out_features, rows))
 
 
@@ -239,9 +239,7 @@ def _load(stored: Tensor, fmt: ResidualFormat, out_features: int, in_features: i
 
 def _divide(grouped: Tensor, scale: Tensor) -> Tensor:
     """`grouped` in steps of its scale; a group whose scale is 0 becomes 0."""
-    divisor = scale.float()
-    divisor = torch.where(divisor == 0, torch.inf, divisor)
-    return grouped / divisor.unsqueeze(-1)
+    return grouped / as_divisor(scale.float()).unsqueeze(-1)
 
 
 def _covering_scale(absmax: Tensor, fmt: ResidualFormat) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from srd_modifier.residual.hessian import Hessian
+from srd_modifier.residual.levels import as_divisor
 
 _BLOCK_COLUMNS = 64
 
@@ -65,7 +66,7 @@ def round_with_feedback(
     work = target[order]
     levels = torch.empty_like(target)
     kept = None if keep is None else torch.empty_like(keep)
-    divisors = _divisors(scale)
+    divisors = as_divisor(scale)
     columns, group_of = order.tolist(), groups[order].tolist()
     for start in range(0, len(columns), _BLOCK_COLUMNS):
         end = min(start + _BLOCK_COLUMNS, len(columns))
@@ -109,7 +110,7 @@ def descend(
     moment = hessian.regularized
     diagonal = moment.diagonal().tolist()
     levels = levels.clone()
-    divisors = _divisors(scale)
+    divisors = as_divisor(scale)
     error = torch.addcmul(-target, levels, scale[groups])
     slope = moment @ error
     group_of = groups.tolist()
@@ -159,8 +160,8 @@ class ScaleFit:
                 *torch.searchsorted(groups, torch.tensor([group, group + 1], device=groups.device)).tolist()
             )
             spread = (hessian.regularized[:, members] @ levels[members]).mul_(levels)
-            system[:, group] = _group_sums(spread, groups, count)
-        return cls(system, _group_sums(product * levels, groups, count), (product * target).sum(dim=0))
+            system[:, group] = group_sums(spread, groups, count)
+        return cls(system, group_sums(product * levels, groups, count), (product * target).sum(dim=0))
 
     def solve(self, scale: Tensor) -> Tensor:
         """The scales `[groups, rows]` of least loss, jointly; one that runs off from `scale` stays as it was."""
@@ -168,7 +169,7 @@ class ScaleFit:
         # a group whose levels are all 0 has no equation; the tiny ridge gives it one, and its scale stays as it was
         ridge = 1e-6 * diagonal.mean(dim=1, keepdim=True) + torch.finfo(torch.float32).tiny
         fitted, failed = torch.linalg.solve_ex(self.system + torch.diag_embed(ridge.expand_as(diagonal)), self.seen)
-        ratio = fitted.T / _divisors(scale)
+        ratio = fitted.T / as_divisor(scale)
         sound = (ratio > _LEAST_RATIO) & (ratio < _MOST_RATIO) & (failed == 0)
         return torch.where(sound, fitted.T, scale)
 
@@ -178,13 +179,9 @@ class ScaleFit:
         return self.constant - 2 * torch.einsum("jr,rj->r", scale, self.seen) + curved
 
 
-def _group_sums(values: Tensor, groups: Tensor, count: int) -> Tensor:
+def group_sums(values: Tensor, groups: Tensor, count: int) -> Tensor:
     """`[rows, groups]`, the sums of `values [in, rows]` over the columns of each group."""
     return torch.zeros(count, values.shape[1], device=values.device).index_add_(0, groups, values).T
-
-
-def _divisors(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, torch.inf, scale)
 
 
 def _keep_most_salient(block: Tensor, planned: Tensor, diagonal: Tensor, usable: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ for `c + 1/2`. Whole numbers would be `-2^(bits - 1)` to `2^(bits - 1) - 1`, lop
 has little use for the lowest one: of the four of 2 bits three are left. The half-integers are all used.
 """
 
+import torch
 from torch import Tensor
 
 
@@ -31,3 +32,8 @@ def nearest_levels(steps: Tensor, bits: int) -> Tensor:
         return steps.round().clamp_(*code_range(bits))
     # floor before the half is added: the sign of a value too small for `x - 1/2` is kept
     return steps.floor().clamp_(*code_range(bits)).add_(level_offset(bits))
+
+
+def as_divisor(scale: Tensor) -> Tensor:
+    """The scale to divide values by; infinity in the place of 0, so that entries of such a group become 0."""
+    return torch.where(scale == 0, torch.inf, scale)

@@ -56,7 +56,11 @@ def srd(group_scheme) -> Callable[..., SRDModifier]:
     """SRDModifier that quantizes modules by itself, or nothing if these are None."""
 
     def make(quantized: str | None = "Linear", /, **settings: Any) -> SRDModifier:
-        settings = {"ignore": ["lm_head"], "residual_group_size": 32, **settings}
+        correct = settings.get("correct")
+        # with a budget the candidates have group sizes of their own
+        by_budget = isinstance(correct, dict) and not correct.keys().isdisjoint({"budget", "max_divergence"})
+        own = {} if by_budget else {"residual_group_size": 32}
+        settings = {"ignore": ["lm_head"], **own, **settings}
         if quantized is None:
             return SRDModifier(**settings)
         scheme = group_scheme(32)
@@ -455,7 +459,6 @@ def test_a_budget_in_a_yaml_recipe(small, group_scheme, srd, directory_bytes, tm
         f"      config_groups: {json.dumps(group_scheme(32))}\n"
         "      ignore: [lm_head]\n"
         "      base_rounding: feedback\n"
-        "      residual_group_size: 32\n"
         "      correct: {budget: 6bpw}\n"
         "      candidates: [{bits: 2, group_size: 128}, {bits: 4}]\n"
     )
