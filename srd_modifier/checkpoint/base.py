@@ -75,6 +75,11 @@ class BaseCheckpoint:
         """A tensor, mapped from its file."""
         return self._shard(tensor).tensor(tensor)
 
+    def release(self) -> None:
+        """Give back the memory that reading has filled; tensors stay valid."""
+        for shard in self.shards:
+            shard.release()
+
     def path_of(self, tensor: str) -> Path:
         """The file that holds a tensor."""
         return self._shard(tensor).path

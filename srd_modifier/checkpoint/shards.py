@@ -116,6 +116,11 @@ class Shard:
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror or error}") from error
 
+    def release(self) -> None:
+        """Give back the memory that reading the map has filled; tensors stay valid and are read again if needed."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def tensor(self, name: str) -> Tensor:
         """A tensor that shares the map's memory: it costs nothing until it is read, and must not be written to."""
         info = self.tensors[name]

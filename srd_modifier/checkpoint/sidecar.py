@@ -97,6 +97,12 @@ class Sidecar:
         encoded = self.encoded(module, device)
         return add_decoded_(weight, encoded, self.entries[module].format, key=module, alpha=alpha).to(dtype)
 
+    def release(self) -> None:
+        """Give back the memory that reading residual and base has filled; tensors stay valid."""
+        self.base.release()
+        for shard in self._shards.values():
+            shard.release()
+
     def files(self) -> list[Path]:
         """Every file of the sidecar, importance and sensitivity included."""
         paths = {shard.path for shard in self._shards.values()}

@@ -12,7 +12,7 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
-from functools import cache
+from functools import cache, cached_property
 from hashlib import sha256
 from importlib import import_module
 from importlib.metadata import version
@@ -51,7 +51,7 @@ class GGMLType(str, Enum):
     Q5_K = "Q5_K"
     Q6_K = "Q6_K"
 
-    @property
+    @cached_property  # asked for at every block of rows
     def number(self) -> int:
         """The type's number in a GGUF file and in ggml's interface."""
         return int(self.in_gguf())

@@ -1,0 +1,51 @@
+"""Where the files of a model lie: what the user names is a directory, or a hub id in the local cache."""
+
+import re
+from pathlib import Path
+
+from srd_modifier.checkpoint.config import read_srd_config
+from srd_modifier.errors import SRDError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+# what a model directory holds besides weights in other frameworks' formats
+_MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", "srd/*"]
+
+
+def find_model(name: str | Path, *, fetch_weights: bool = False) -> Path:
+    """The directory with the model's config.json; for a hub id its snapshot in the local cache.
+
+    Args:
+        name: A directory, or a Hugging Face hub id.
+        fetch_weights: For a hub id, whether the weights must be there when this returns. Transformers fetches those
+            of a plain model itself, but not a residual, so a checkpoint with one is always fetched whole.
+
+    Raises:
+        SRDError: There is no such model.
+        CheckpointError: Its config.json is damaged.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise SRDError(f"{name}: the directory has no config.json, so it is not a model")
+        return path
+    if path.exists():
+        raise SRDError(f"{name} is a file, expected a model directory or a hub id")
+    if not _HUB_ID.fullmatch(str(name)):
+        raise SRDError(f"{name}: there is no such directory")
+    return _find_snapshot(str(name), fetch_weights=fetch_weights)
+
+
+def _find_snapshot(hub_id: str, *, fetch_weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from transformers.utils.hub import cached_file
+
+    try:
+        directory = Path(cached_file(hub_id, "config.json")).parent
+        if fetch_weights or read_srd_config(directory) is not None:
+            directory = Path(snapshot_download(hub_id, allow_patterns=_MODEL_FILES))
+    except (OSError, ValueError) as error:
+        raise SRDError(
+            f"{hub_id}: there is no such directory, and no such model could be fetched from the Hugging Face hub"
+        ) from error
+    return directory

@@ -1,0 +1,145 @@
+"""GGUF files, written tensor by tensor: nothing but the tensor at hand is in memory.
+
+The file appears whole or not at all, under a temporary name beside the target until then. The same input gives the
+same bytes.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srd_modifier._extras import require
+from srd_modifier.checkpoint.atomic import sibling
+from srd_modifier.errors import SRDError
+from srd_modifier.gguf.ggml import GGMLType
+
+_ALIGNMENT = 32  # of every tensor's data, the format's default
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the file: its name, its shape in torch's order, and its type."""
+
+    name: str
+    shape: tuple[int, ...]
+    ggml_type: GGMLType
+
+    @property
+    def weights(self) -> int:
+        """How many entries the tensor has."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data.
+
+        Raises:
+            ValueError: its rows are not whole blocks.
+        """
+        return prod(self.shape[:-1]) * self.ggml_type.row_bytes(self.shape[-1])
+
+
+def refuse_existing_file(path: Path, *, overwrite: bool) -> None:
+    """Raise SRDError if `path` is a directory, or a file that may not be replaced."""
+    if path.is_dir():
+        raise SRDError(f"{path} is a directory, expected the name of a file")
+    if path.exists() and not overwrite:
+        raise SRDError(f"{path} already exists; choose another name or pass --overwrite")
+
+
+def write_gguf(
+    path: Path,
+    architecture: str,
+    add_metadata: Callable[[Any], None],
+    entries: Sequence[Entry],
+    data: Callable[[Entry], Iterable[NDArray[np.uint8]]],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a file.
+
+    Args:
+        path: the file to make, in a directory that is made if it is not there.
+        architecture: gguf's name for it, the value of `general.architecture`.
+        add_metadata: adds everything else to a `gguf.GGUFWriter`.
+        entries: the tensors, in their order in the file.
+        data: the bytes of a tensor, in as many pieces as is convenient; asked once for each, in order.
+        overwrite: replace an existing file.
+
+    Raises:
+        SRDError: the file is in the way, or the disk refused a write.
+        ValueError: `data` gave more or fewer bytes than its entry says.
+
+    Whatever `data` raises is passed on. In all these cases nothing is left behind, and an existing file untouched.
+    """
+    refuse_existing_file(path, overwrite=overwrite)
+    writer = _prepare(architecture, add_metadata, entries)
+    temporary = sibling(path)
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        stream = _write_head(writer, temporary)
+        for entry in entries:
+            _write_tensor(stream, entry, data(entry))
+            writer.write_padding(stream, entry.nbytes)
+        stream.flush()
+        os.fsync(stream.fileno())
+        writer.close()
+        temporary.replace(path)
+    except OSError as error:
+        raise SRDError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        writer.close()
+        temporary.unlink(missing_ok=True)
+
+
+def head_bytes(architecture: str, add_metadata: Callable[[Any], None], entries: Sequence[Entry]) -> int:
+    """Bytes of a file before the first tensor's data; arguments as of `write_gguf`."""
+    writer = _prepare(architecture, add_metadata, entries)
+    with tempfile.TemporaryDirectory(prefix="srd-gguf-") as folder:
+        size = _write_head(writer, Path(folder) / "head").tell()
+        writer.close()
+    return int(size)
+
+
+def padded_bytes(entry: Entry) -> int:
+    """Bytes that a tensor takes in the file: its data, and what aligns the next one."""
+    return -(-entry.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _prepare(architecture: str, add_metadata: Callable[[Any], None], entries: Sequence[Entry]) -> Any:
+    """A `gguf.GGUFWriter` that knows everything but the data."""
+    require("gguf", extra="gguf")
+    import gguf
+
+    writer = gguf.GGUFWriter(None, architecture)
+    add_metadata(writer)
+    for entry in entries:
+        # with the type given, the dtype only says that the shape counts weights and not bytes
+        writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), entry.nbytes, entry.ggml_type.in_gguf())
+    return writer
+
+
+def _write_head(writer: Any, path: Path) -> Any:
+    """Everything before the data of the first tensor; gives the open stream."""
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    stream = writer.fout[0]
+    writer.write_padding(stream, stream.tell())
+    return stream
+
+
+def _write_tensor(stream: Any, entry: Entry, parts: Iterable[NDArray[np.uint8]]) -> None:
+    written = 0
+    for part in parts:
+        stream.write(np.ascontiguousarray(part).data)
+        written += part.nbytes
+    if written != entry.nbytes:
+        raise ValueError(f"{entry.name} got {written} bytes, a {entry.ggml_type.value} of its shape has {entry.nbytes}")
