@@ -1,4 +1,4 @@
-"""Calibration samples for `oneshot`: from a file, or sampled from the model itself.
+"""Calibration samples, for `oneshot` and for GGUF files: from a file, or sampled from the model itself.
 
 Samples from the model (as in LLM-QAT, Liu et al. 2023, arXiv:2305.17888) need neither data nor a network, and follow
 the distribution the model was trained on better than a text of another kind would.
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _SELF_BATCH = 32
 
 
-def from_file(path: Path, tokenizer: Any, *, num_samples: int, max_seq_length: int, seed: int = 0) -> "Dataset":
-    """Windows of `max_seq_length` tokens from a text, or one sample per record of a JSON file.
+def from_file(path: Path, tokenizer: Any, *, num_samples: int, max_seq_length: int, seed: int = 0) -> list[list[int]]:
+    """Token ids: windows of `max_seq_length` tokens from a text, or one sample per record of a JSON file.
 
     Args:
         path: `.json` (a list) or `.jsonl` of records with `messages`, `text`, or `instruction`, `input` and `output`;
@@ -48,12 +48,12 @@ def from_file(path: Path, tokenizer: Any, *, num_samples: int, max_seq_length: i
     if not samples:
         raise SRDError(f"{path}: there is no text to calibrate on")
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
-    return _dataset([samples[index] for index in order[:num_samples]])
+    return [samples[index] for index in order[:num_samples]]
 
 
 @torch.no_grad()
-def from_model(model: Any, tokenizer: Any, *, num_samples: int, max_seq_length: int, seed: int = 0) -> "Dataset":
-    """Samples that the model writes itself, at temperature 1 over its whole vocabulary.
+def from_model(model: Any, tokenizer: Any, *, num_samples: int, max_seq_length: int, seed: int = 0) -> list[list[int]]:
+    """Token ids of samples that the model writes itself, at temperature 1 over its whole vocabulary.
 
     Args:
         model: a causal language model, on its device.
@@ -77,7 +77,14 @@ def from_model(model: Any, tokenizer: Any, *, num_samples: int, max_seq_length: 
             start = torch.full((min(_SELF_BATCH, num_samples - len(samples)), 1), first, device=model.device)
             samples += model.generate(start, attention_mask=torch.ones_like(start)).tolist()
             bar.update(len(start))
-    return _dataset(samples)
+    return samples
+
+
+def as_dataset(samples: list[list[int]]) -> "Dataset":
+    """Samples as `oneshot` takes them."""
+    from datasets import Dataset
+
+    return Dataset.from_dict({"input_ids": samples, "attention_mask": [[1] * len(sample) for sample in samples]})
 
 
 @contextmanager
@@ -100,12 +107,6 @@ def _sampling_plainly(model: Any, *, length: int, pad_token_id: int) -> Iterator
         yield
     finally:
         model.generation_config = own
-
-
-def _dataset(samples: list[list[int]]) -> "Dataset":
-    from datasets import Dataset
-
-    return Dataset.from_dict({"input_ids": samples, "attention_mask": [[1] * len(sample) for sample in samples]})
 
 
 def _record_ids(path: Path, tokenizer: Any) -> Iterator[list[int]]:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srd_modifier._extras import require
-from srd_modifier.calibration import from_file, from_model
+from srd_modifier.calibration import as_dataset, from_file, from_model
 from srd_modifier.checkpoint.atomic import new_directory, refuse_existing
 from srd_modifier.errors import RecipeError, SRDError
 
@@ -169,9 +169,9 @@ def _load(model_name: str) -> tuple[Any, Any]:
 
 def _calibration(dataset: str, model: Any, tokenizer: Any, **settings: int) -> Any:
     if dataset == SELF:
-        return from_model(model, tokenizer, **settings)
+        return as_dataset(from_model(model, tokenizer, **settings))
     if Path(dataset).suffix or Path(dataset).exists():
-        return from_file(Path(dataset), tokenizer, **settings)
+        return as_dataset(from_file(Path(dataset), tokenizer, **settings))
     from llmcompressor.transformers.data import TextGenerationDataset
 
     known = {*TextGenerationDataset.registered_names(), *TextGenerationDataset.registered_aliases()}

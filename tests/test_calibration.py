@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from srd_modifier.calibration import from_file, from_model
+from srd_modifier.calibration import as_dataset, from_file, from_model
 from srd_modifier.errors import SRDError
 
 TEMPLATE = "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
@@ -36,12 +36,6 @@ def model(loaded: Any) -> Iterator[Any]:
     loaded.config.max_position_embeddings, loaded.generation_config = positions, generation
 
 
-def rows(samples: Any) -> list[list[int]]:
-    assert samples.column_names == ["input_ids", "attention_mask"]
-    assert samples["attention_mask"][:] == [[1] * len(row) for row in samples["input_ids"]]
-    return samples["input_ids"][:]
-
-
 def write(path: Path, content: Any) -> Path:
     """Text as it is, a list as JSON or JSON Lines."""
     if isinstance(content, list):
@@ -58,18 +52,18 @@ def test_a_text_becomes_whole_windows(tokenizer, tmp_path):
     ids = tokenizer(PROSE)["input_ids"]
     windows = [ids[start : start + 32] for start in range(0, len(ids) - 31, 32)]
     assert len(ids) % 32, "the last, shorter piece must have something to lose"
-    samples = rows(from_file(write(tmp_path / "a.txt", PROSE), tokenizer, num_samples=1000, max_seq_length=32))
+    samples = from_file(write(tmp_path / "a.txt", PROSE), tokenizer, num_samples=1000, max_seq_length=32)
     assert sorted(samples) == sorted(windows)
 
 
 def test_a_text_shorter_than_a_window_is_one_sample(tokenizer, tmp_path):
     path = write(tmp_path / "a.txt", "A short note.")
-    assert rows(from_file(path, tokenizer, num_samples=4, max_seq_length=32)) == [tokenizer("A short note.").input_ids]
+    assert from_file(path, tokenizer, num_samples=4, max_seq_length=32) == [tokenizer("A short note.").input_ids]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "README", "a.md"])
 def test_anything_that_is_not_json_is_text(tokenizer, tmp_path, name):
-    samples = rows(from_file(write(tmp_path / name, '[{"text": "x"}]'), tokenizer, num_samples=1, max_seq_length=64))
+    samples = from_file(write(tmp_path / name, '[{"text": "x"}]'), tokenizer, num_samples=1, max_seq_length=64)
     assert tokenizer.decode(samples[0]) == '[{"text": "x"}]'
 
 
@@ -77,7 +71,7 @@ def test_a_part_of_the_windows_is_chosen_by_the_seed(tokenizer, tmp_path):
     path = write(tmp_path / "a.txt", PROSE)
 
     def choose(num_samples: int, seed: int) -> list[list[int]]:
-        return rows(from_file(path, tokenizer, num_samples=num_samples, max_seq_length=16, seed=seed))
+        return from_file(path, tokenizer, num_samples=num_samples, max_seq_length=16, seed=seed)
 
     everything, few = choose(1000, 0), choose(5, 0)
     assert len(few) == 5
@@ -114,7 +108,7 @@ RECORD_TEXTS = [
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_every_kind_of_record_becomes_one_sample(tokenizer, tmp_path, name):
     tokenizer.chat_template = TEMPLATE
-    samples = rows(from_file(write(tmp_path / name, RECORDS), tokenizer, num_samples=10, max_seq_length=64))
+    samples = from_file(write(tmp_path / name, RECORDS), tokenizer, num_samples=10, max_seq_length=64)
     assert sorted(tokenizer.decode(sample) for sample in samples) == sorted(RECORD_TEXTS)
 
 
@@ -122,7 +116,7 @@ def test_records_are_cut_and_chosen_by_the_seed(tokenizer, tmp_path):
     path = write(tmp_path / "a.json", [{"text": f"{number} {PROSE}"} for number in range(20)])
 
     def choose(seed: int) -> list[list[int]]:
-        return rows(from_file(path, tokenizer, num_samples=6, max_seq_length=9, seed=seed))
+        return from_file(path, tokenizer, num_samples=6, max_seq_length=9, seed=seed)
 
     assert [len(sample) for sample in choose(0)] == [9] * 6
     assert choose(0) == choose(0)
@@ -137,7 +131,7 @@ def test_empty_records_and_empty_lines_give_no_sample(tokenizer, tmp_path):
 def test_a_line_of_jsonl_ends_at_its_newline(tokenizer, tmp_path):
     """JSON allows U+2028 and U+0085 inside a string, where Python's splitlines() would cut."""
     path = write(tmp_path / "a.jsonl", '{"text": "one\u2028two\u0085three"}\r\n{"text": "four and five"}\n')
-    samples = rows(from_file(path, tokenizer, num_samples=4, max_seq_length=64))
+    samples = from_file(path, tokenizer, num_samples=4, max_seq_length=64)
     assert sorted(tokenizer.decode(sample) for sample in samples) == ["four and five", "one\u2028two\u0085three"]
 
 
@@ -151,7 +145,7 @@ def test_a_chat_template_that_writes_bos_gets_no_second_one(tokenizer, tmp_path)
     tokenizer.chat_template = TEMPLATE
     assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     path = write(tmp_path / "a.json", [{"messages": [{"role": "user", "content": "Who built it?"}]}])
-    (sample,) = rows(from_file(path, tokenizer, num_samples=1, max_seq_length=64))
+    (sample,) = from_file(path, tokenizer, num_samples=1, max_seq_length=64)
     assert tokenizer.decode(sample) == f"{BOS}[user] Who built it?\n"
 
 
@@ -223,7 +217,7 @@ def test_messages_need_a_chat_template(tokenizer, tmp_path):
 
 
 def test_the_model_writes_as_many_samples_as_asked(model, tokenizer):
-    samples = rows(from_model(model, tokenizer, num_samples=33, max_seq_length=6))  # more than one batch
+    samples = from_model(model, tokenizer, num_samples=33, max_seq_length=6)  # more than one batch
     assert [len(sample) for sample in samples] == [6] * 33
     assert len({tuple(sample) for sample in samples}) == 33
 
@@ -232,7 +226,7 @@ def test_a_sample_begins_with_bos_and_does_not_end_early(model, tokenizer):
     assert model.generation_config.eos_token_id == tokenizer.bos_token_id == 0
     model.lm_head.weight.data[0] *= 32  # half of all samples would end at any word
     try:
-        samples = rows(from_model(model, tokenizer, num_samples=8, max_seq_length=12))
+        samples = from_model(model, tokenizer, num_samples=8, max_seq_length=12)
     finally:
         model.lm_head.weight.data[0] /= 32
     assert all(sample[0] == 0 and 0 not in sample[1:] for sample in samples)
@@ -240,7 +234,7 @@ def test_a_sample_begins_with_bos_and_does_not_end_early(model, tokenizer):
 
 def test_a_sample_begins_with_eos_where_there_is_no_bos(model, tokenizer):
     tokenizer.bos_token, tokenizer.eos_token = None, tokenizer.convert_ids_to_tokens(300)
-    samples = rows(from_model(model, tokenizer, num_samples=2, max_seq_length=4))
+    samples = from_model(model, tokenizer, num_samples=2, max_seq_length=4)
     assert [sample[0] for sample in samples] == [300, 300]
 
 
@@ -252,10 +246,10 @@ def test_a_tokenizer_with_neither_is_refused(model, tokenizer):
 
 def test_samples_follow_the_seed_and_nothing_else(model, tokenizer):
     torch.manual_seed(1)
-    first = rows(from_model(model, tokenizer, num_samples=3, max_seq_length=8, seed=0))
+    first = from_model(model, tokenizer, num_samples=3, max_seq_length=8, seed=0)
     torch.manual_seed(2)
-    assert rows(from_model(model, tokenizer, num_samples=3, max_seq_length=8, seed=0)) == first
-    assert rows(from_model(model, tokenizer, num_samples=3, max_seq_length=8, seed=1)) != first
+    assert from_model(model, tokenizer, num_samples=3, max_seq_length=8, seed=0) == first
+    assert from_model(model, tokenizer, num_samples=3, max_seq_length=8, seed=1) != first
 
 
 def test_sampling_leaves_the_global_generator_alone(model, tokenizer):
@@ -266,7 +260,7 @@ def test_sampling_leaves_the_global_generator_alone(model, tokenizer):
 
 def test_samples_are_no_longer_than_the_model_has_positions(model, tokenizer):
     model.config.max_position_embeddings = 20
-    assert len(rows(from_model(model, tokenizer, num_samples=1, max_seq_length=400))[0]) == 20
+    assert len(from_model(model, tokenizer, num_samples=1, max_seq_length=400)[0]) == 20
 
 
 @pytest.mark.parametrize(
@@ -286,9 +280,9 @@ def test_samples_are_no_longer_than_the_model_has_positions(model, tokenizer):
 )
 def test_the_model_writes_from_its_own_distribution(model, tokenizer, setting, value):
     """generation_config.json says how to chat with a model; calibration wants temperature 1 and all of the words."""
-    expected = rows(from_model(model, tokenizer, num_samples=2, max_seq_length=12))
+    expected = from_model(model, tokenizer, num_samples=2, max_seq_length=12)
     setattr(model.generation_config, setting, value)
-    assert rows(from_model(model, tokenizer, num_samples=2, max_seq_length=12)) == expected
+    assert from_model(model, tokenizer, num_samples=2, max_seq_length=12) == expected
     assert getattr(model.generation_config, setting) == value
 
 
@@ -298,7 +292,17 @@ def test_the_temperature_is_one(model, tokenizer):
         probabilities = model(input_ids=torch.tensor([[0]])).logits[0, -1].double().softmax(-1)
     probabilities[0] = 0  # EOS is not written
     probabilities /= probabilities.sum()
-    samples = rows(from_model(model, tokenizer, num_samples=2048, max_seq_length=2))
+    samples = from_model(model, tokenizer, num_samples=2048, max_seq_length=2)
     found = -torch.stack([probabilities[sample[1]].log() for sample in samples])
     entropy = -(probabilities * probabilities.clamp_min(1e-30).log()).sum()
     assert abs(found.mean() - entropy) < 5 * found.std() / len(found) ** 0.5
+
+
+# as_dataset
+
+
+def test_a_data_set_has_the_samples_and_masks_without_padding():
+    dataset = as_dataset([[3, 1, 2], [5]])
+    assert dataset.column_names == ["input_ids", "attention_mask"]
+    assert dataset["input_ids"][:] == [[3, 1, 2], [5]]
+    assert dataset["attention_mask"][:] == [[1, 1, 1], [1]]
