@@ -23,7 +23,7 @@ def row(name: str, kld: float, size: int) -> DemoRow:
         rule=window_rule(Convention.SLIDING),
         perplexity=Perplexity(tokens=1000, ppl=7.5, ppl_stderr=0.25),
         divergence=Divergence(kld, kld, kld / 2, 4 * kld, 0.95),
-        size=CheckpointSize(bytes_on_disk=size, bits_per_weight=4.5, quantized_weights=640),
+        size=CheckpointSize(bytes_on_disk=size, bits_per_weight=4.5, quantized_weights=640, total_weights=800),
         dtype="float32",
         alpha=None,
         chunks=None,

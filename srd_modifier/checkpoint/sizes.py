@@ -21,11 +21,18 @@ class CheckpointSize:
         bits_per_weight: bits of the quantized Linear weights over their number: codes, scales, zero points,
             shapes, residual codes, residual scales and masks. For a dense model, of its decoder layers' matrices.
         quantized_weights: number of those weights.
+        total_weights: number of all weights, embeddings and norms included.
     """
 
     bytes_on_disk: int
     bits_per_weight: float
     quantized_weights: int
+    total_weights: int
+
+    @property
+    def total_bits_per_weight(self) -> float:
+        """Bits on disk over all weights."""
+        return 8 * self.bytes_on_disk / self.total_weights if self.total_weights else math.nan
 
 
 def measure(directory: Path | str, *, corrected: Collection[str] | None = None) -> CheckpointSize:
@@ -40,7 +47,11 @@ def measure(directory: Path | str, *, corrected: Collection[str] | None = None) 
     total = sum(path.stat().st_size for path in base.files)
     if base.quantized_modules:
         weights, size = base.quantized_size()
+        quantized = set(base.quantized_modules)
+        others = (name for name in base if name.rpartition(".")[0] not in quantized)
+        all_weights = weights + sum(math.prod(base.info(name).shape) for name in others)
     else:
+        all_weights = sum(math.prod(base.info(name).shape) for name in base)
         matrices = [base.info(name) for name in base if layer_of(name) is not None and len(base.info(name).shape) >= 2]
         weights = sum(math.prod(info.shape) for info in matrices)
         size = sum(info.end - info.start for info in matrices)
@@ -51,7 +62,7 @@ def measure(directory: Path | str, *, corrected: Collection[str] | None = None) 
         size += tensors
         # a part of the residual has no files of its own
         total += tensors if len(used) < len(sidecar.entries) else _residual_files(sidecar)
-    return CheckpointSize(total, 8 * size / weights if weights else math.nan, weights)
+    return CheckpointSize(total, 8 * size / weights if weights else math.nan, weights, all_weights)
 
 
 def _residual_files(sidecar: Sidecar) -> int:

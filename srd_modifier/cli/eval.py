@@ -43,7 +43,9 @@ class DeviceName(str, Enum):
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Model directory or hub id, with or without a residual.")],
+    model: Annotated[
+        str, typer.Argument(help="Model directory or hub id, with or without a residual, or a GGUF file.")
+    ],
     text: Annotated[Path, typer.Option(help="UTF-8 text file to score.", show_default=False)],
     reference: Annotated[
         str | None, typer.Option(help="Model to measure the divergence from, usually the original.")
@@ -172,9 +174,15 @@ def _rows(report: "Report") -> list[tuple[str, str]]:
         rows.append(("chunks", "all" if report.chunks is None else ", ".join(report.chunks)))
     rows.append(("on disk", f"{size.bytes_on_disk:,} bytes"))
     if report.bits_per_weight is not None:
-        rows.append(("bits per weight", f"{report.bits_per_weight:.3f}"))
+        rows.append(("bits per weight", f"{report.bits_per_weight:.3f}{_of_all(report)}"))
     rows.append(("computed in", f"{report.dtype}, {report.seconds:.1f} s"))
     return rows
+
+
+def _of_all(report: "Report") -> str:
+    """Bits per weight of all that the model has on disk."""
+    total = report.total_bits_per_weight
+    return "" if total is None else f", {total:.3f} with embeddings and headers"
 
 
 def _predicted(report: "Report") -> list[tuple[str, str]]:

@@ -13,7 +13,6 @@ from srd_modifier._version import __version__
 from srd_modifier.checkpoint.base import BaseCheckpoint
 from srd_modifier.checkpoint.config import module_alphas, read_srd_config
 from srd_modifier.checkpoint.sensitivity import read_sensitivity
-from srd_modifier.checkpoint.sizes import measure
 from srd_modifier.errors import SRDError
 from srd_modifier.evaluation.load import LoadedModel, load
 from srd_modifier.evaluation.report import Report
@@ -41,7 +40,7 @@ def evaluate_text(
     """Perplexity of a model on a text and, with a reference, its divergence from it on the same tokens.
 
     Args:
-        name: The model to score: a directory or a hub id, with or without a residual.
+        name: The model to score: a directory or a hub id, with or without a residual, or a GGUF file.
         text_path: A UTF-8 text file.
         reference: The model to measure the divergence from, usually the original; always as its checkpoint says,
             whatever `alpha` and `chunks` are.
@@ -64,8 +63,8 @@ def evaluate_text(
     text = read_text(text_path)
     candidate = load(name, alpha=alpha, chunks=chunks, dtype=dtype, device=device)
     original = None if reference is None else load(reference, dtype=dtype, device=device)
-    size = measure(candidate.directory, corrected=candidate.corrected)
-    predicted = _predicted_divergence(candidate.directory, alpha=alpha, chunks=chunks)
+    size = candidate.size
+    predicted = _predicted_divergence(candidate, alpha=alpha, chunks=chunks)
     tokens = _shared_tokens(text, candidate, original, max_tokens=max_tokens)
     for model in (candidate, original):
         if model is not None:
@@ -110,12 +109,14 @@ def library_versions() -> dict[str, str]:
     }
 
 
-def _predicted_divergence(directory: Path, *, alpha: float | None, chunks: Sequence[str] | None) -> float | None:
+def _predicted_divergence(model: LoadedModel, *, alpha: float | None, chunks: Sequence[str] | None) -> float | None:
     """What the checkpoint's sensitivity says of the residual as it is applied, `None` where there is none."""
-    config, sensitivity = read_srd_config(directory), read_sensitivity(directory)
+    if model.corrected is None:
+        return None
+    config, sensitivity = read_srd_config(model.path), read_sensitivity(model.path)
     if config is None or sensitivity is None:
         return None
-    return sensitivity.predicted(module_alphas(config, BaseCheckpoint(directory).layers, alpha=alpha, chunks=chunks))
+    return sensitivity.predicted(module_alphas(config, BaseCheckpoint(model.path).layers, alpha=alpha, chunks=chunks))
 
 
 def _shared_tokens(

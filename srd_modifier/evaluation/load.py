@@ -1,11 +1,11 @@
 """Turn what the user names into a model that can be scored.
 
-A name is a directory or a hub id of one of three kinds, told apart by `config.json`: a plain Transformers model,
-a compressed-tensors checkpoint (both through `AutoModelForCausalLM`), or a checkpoint with a residual, which has
-a top-level `srd_config` and goes through `srd_modifier.transformers.load_corrected`.
+A name is a GGUF file, scored from its own bytes, or a directory or a hub id of one of three kinds, told apart by
+`config.json`: a plain Transformers model, a compressed-tensors checkpoint (both through `AutoModelForCausalLM`), or a
+checkpoint with a residual, which has a top-level `srd_config` and goes through
+`srd_modifier.transformers.load_corrected`.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,12 @@ from safetensors import SafetensorError
 
 from srd_modifier.checkpoint.base import BaseCheckpoint
 from srd_modifier.checkpoint.config import SRDConfig, module_alphas, read_srd_config
+from srd_modifier.checkpoint.locate import find_model
+from srd_modifier.checkpoint.sizes import CheckpointSize, measure
 from srd_modifier.errors import CheckpointError, SRDError
+from srd_modifier.evaluation.gguf import LlamaCppTokenizer, build_model
 from srd_modifier.evaluation.scores import NamedModel
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+from srd_modifier.gguf.reader import GGUFFile
 
 
 @dataclass(frozen=True)
@@ -27,18 +29,25 @@ class LoadedModel(NamedModel):
     """A model ready to be scored: in evaluation mode, on its device, under the name the user gave.
 
     Attributes:
-        directory: Where its files lie; for a hub id the snapshot in the local cache.
-        tokenizer: The tokenizer beside it.
+        path: The directory of its files, for a hub id the snapshot in the local cache; or the GGUF file.
+        tokenizer: The tokenizer beside it, or in the file.
         alpha: Share of the residual that is applied, `None` for a model without one.
         chunks: The chunks whose residual is applied, `None` for all or for a model without one.
         corrected: Modules whose residual is applied with an alpha above 0, `None` for a model without one.
+        gguf: The file it was made of, `None` for a directory.
     """
 
-    directory: Path
+    path: Path
     tokenizer: Any
     alpha: float | None = None
     chunks: tuple[str, ...] | None = None
     corrected: frozenset[str] | None = None
+    gguf: GGUFFile | None = None
+
+    @property
+    def size(self) -> CheckpointSize:
+        """What it costs on disk, with the residual of the corrected modules only."""
+        return measure(self.path, corrected=self.corrected) if self.gguf is None else self.gguf.size
 
     @property
     def max_positions(self) -> int | None:
@@ -62,7 +71,7 @@ def load(
     """Load a model and its tokenizer.
 
     Args:
-        name: A directory, or a Hugging Face hub id.
+        name: A directory, a Hugging Face hub id, or a file whose name ends in `.gguf`.
         alpha: For a checkpoint with a residual, the share of it to apply; `None` takes the checkpoint's own.
         chunks: For a checkpoint with a residual, the chunks of depth to apply it to; `None` for all.
         dtype: What the weights are computed in.
@@ -73,10 +82,15 @@ def load(
             is not there, or `alpha` or `chunks` were given for a model without a residual.
     """
     target = resolve_device(device)
-    directory = _find_directory(name)
+    if Path(name).suffix == ".gguf":
+        _refuse_residual_options(name, "a GGUF file holds none", alpha=alpha, chunks=chunks)
+        file = GGUFFile(Path(name))
+        model = build_model(file, dtype)
+        return LoadedModel(name, model.to(target).eval(), file.path, LlamaCppTokenizer(file), gguf=file)
+    directory = find_model(name)
     srd_config = read_srd_config(directory)
     if srd_config is None:
-        _refuse_residual_options(name, alpha=alpha, chunks=chunks)
+        _refuse_residual_options(name, "config.json has no srd_config", alpha=alpha, chunks=chunks)
         tokenizer = _load_tokenizer(name)
         model = _load_plain(name, dtype)
         return LoadedModel(name, model.to(target).eval(), directory, tokenizer)
@@ -107,38 +121,6 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _find_directory(name: str) -> Path:
-    """The directory with the model's config.json; for a hub id its snapshot in the local cache."""
-    path = Path(name)
-    if path.suffix == ".gguf":
-        raise SRDError(f"{name}: scoring a GGUF file is not supported yet, name the model directory it came from")
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise SRDError(f"{name}: the directory has no config.json, so it is not a model")
-        return path
-    if path.exists():
-        raise SRDError(f"{name} is a file, expected a model directory or a hub id")
-    if not _HUB_ID.fullmatch(name):
-        raise SRDError(f"{name}: there is no such directory")
-    return _find_snapshot(name)
-
-
-def _find_snapshot(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from transformers.utils.hub import cached_file
-
-    try:
-        directory = Path(cached_file(hub_id, "config.json")).parent
-        if read_srd_config(directory) is not None:
-            # Transformers fetches only the files it knows, and the residual is not among them.
-            directory = Path(snapshot_download(hub_id))
-    except (OSError, ValueError) as error:
-        raise SRDError(
-            f"{hub_id}: there is no such directory, and no such model could be fetched from the Hugging Face hub"
-        ) from error
-    return directory
-
-
 def _corrected_modules(
     directory: Path, config: SRDConfig, *, alpha: float | None, chunks: Sequence[str] | None
 ) -> frozenset[str]:
@@ -147,12 +129,10 @@ def _corrected_modules(
     return frozenset(module for module, value in alphas.items() if value > 0)
 
 
-def _refuse_residual_options(name: str, *, alpha: float | None, chunks: Sequence[str] | None) -> None:
+def _refuse_residual_options(name: str, reason: str, *, alpha: float | None, chunks: Sequence[str] | None) -> None:
     given = [option for option, value in (("alpha", alpha), ("chunks", chunks)) if value is not None]
     if given:
-        raise SRDError(
-            f"{name} has no residual (config.json has no srd_config), so {' and '.join(given)} cannot be applied"
-        )
+        raise SRDError(f"{name} has no residual ({reason}), so {' and '.join(given)} cannot be applied")
 
 
 def _load_tokenizer(name: str) -> Any:

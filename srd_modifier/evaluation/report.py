@@ -52,6 +52,12 @@ class Report:
         return None if math.isnan(self.size.bits_per_weight) else self.size.bits_per_weight
 
     @property
+    def total_bits_per_weight(self) -> float | None:
+        """Bits on disk over all weights, embeddings and file headers included, `None` where there are no weights."""
+        total = self.size.total_bits_per_weight
+        return None if math.isnan(total) else total
+
+    @property
     def predicted_ratio(self) -> float | None:
         """Predicted over measured divergence, `None` where one of the two is missing or nothing was lost."""
         if self.predicted_kld is None or self.divergence is None or self.divergence.kld_mean <= 0:
@@ -70,6 +76,7 @@ class Report:
             "predicted_ratio": self.predicted_ratio,
             "bytes_on_disk": self.size.bytes_on_disk,
             "bits_per_weight": self.bits_per_weight,
+            "total_bits_per_weight": self.total_bits_per_weight,
             "convention": self.rule.convention.value,
             "ctx": self.rule.ctx,
             "stride": self.rule.stride,

@@ -64,8 +64,14 @@ def test_by_hand(small_template: Path) -> None:
     found = measure(small_template)
     assert found.quantized_weights == sum(weights.values())
     assert found.bits_per_weight == 8 * (base + residual) / sum(weights.values())
+    header, _ = read_header(small_template / "model.safetensors")
+    header.pop("__metadata__", None)
+    dense = [entry["shape"] for name, entry in header.items() if name.rpartition(".")[0] not in SHAPES]
+    assert dense
+    assert found.total_weights == sum(weights.values()) + sum(map(math.prod, dense))
     files = [small_template / name for name in ("model.safetensors", FIRST, SECOND)]
     assert found.bytes_on_disk == sum(path.stat().st_size for path in files)
+    assert found.total_bits_per_weight == 8 * found.bytes_on_disk / found.total_weights
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ REPORT = Report(
     rule=window_rule(Convention.LLAMACPP),
     perplexity=Perplexity(tokens=12345, ppl=7.5, ppl_stderr=0.25),
     divergence=Divergence(0.0005, 0.00025, 0.004, 0.0001, 0.955),
-    size=CheckpointSize(bytes_on_disk=1000, bits_per_weight=12.5, quantized_weights=640),
+    size=CheckpointSize(bytes_on_disk=1000, bits_per_weight=12.5, quantized_weights=640, total_weights=800),
     dtype="float32",
     alpha=0.5,
     chunks=("early", "reasoning"),
@@ -114,7 +114,7 @@ def test_the_table_says_how_it_was_measured(app, calls):
         "95.50%",
         "early, reasoning",
         "1,000 bytes",
-        "12.500",
+        "12.500, 10.000 with embeddings and headers",
     ):
         assert expected in output
 
@@ -194,3 +194,19 @@ def test_the_whole_way(app, tmp_path):
     assert 1 < found["ppl"] < 500
     assert math.isfinite(found["ppl_stderr"])
     assert (found["ctx"], found["stride"], found["convention"]) == (64, 32, "sliding")
+
+
+def test_a_gguf_file_is_scored_from_its_own_bytes(app, tmp_path):
+    pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp")
+    from srd_modifier.gguf.export import export_gguf
+    from srd_modifier.gguf.mixture import FileType
+
+    path, text = tmp_path / "model.gguf", tmp_path / "text.txt"
+    export_gguf(TINY_LLAMA, path, file_type=FileType.Q8_0)
+    text.write_text("The river runs north through the old town and turns east below the bridge.\n" * 8)
+    result = run(app, path, "--reference", TINY_LLAMA, "--text", text, "--ctx", 64, "--stride", 32, "--json", "-")
+    found = json.loads(result.stdout)
+    assert 0 < found["kld_mean"] < 1e-3
+    assert found["bits_per_weight"] == 8.5
+    assert found["bytes_on_disk"] == path.stat().st_size

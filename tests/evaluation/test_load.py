@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from srd_modifier.checkpoint.config import SRDConfig
+from srd_modifier.checkpoint.locate import find_model
 from srd_modifier.errors import CheckpointError, SRDError
-from srd_modifier.evaluation import load as load_module
 from srd_modifier.evaluation.load import load, resolve_device
 from srd_modifier.residual import ResidualFormat
 
@@ -43,7 +43,7 @@ def test_a_plain_directory_loads_in_the_dtype_asked_for(random_llama, make_direc
     assert all(torch.equal(tensor, expected[name].to(dtype)) for name, tensor in loaded.model.state_dict().items())
     assert not loaded.model.training
     assert loaded.tokenizer("the").input_ids
-    assert (loaded.name, loaded.directory) == (str(directory), directory)
+    assert (loaded.name, loaded.path) == (str(directory), directory)
     assert (loaded.alpha, loaded.chunks, loaded.corrected) == (None, None, None)
     assert (loaded.max_positions, loaded.vocabulary_size) == (64, 4096)
 
@@ -119,14 +119,14 @@ def test_a_name_the_hub_does_not_have_is_refused(monkeypatch):
 def test_a_hub_id_reads_its_snapshot(make_directory, monkeypatch):
     snapshot = make_directory("snapshot")
     monkeypatch.setattr("transformers.utils.hub.cached_file", lambda name, file: str(snapshot / file))
-    assert load_module._find_directory("somebody/model") == snapshot
+    assert find_model("somebody/model") == snapshot
 
 
 def test_a_hub_id_with_a_residual_is_fetched_whole(residual_directory, make_directory, monkeypatch):
     whole = make_directory("whole")
     monkeypatch.setattr("transformers.utils.hub.cached_file", lambda name, file: str(residual_directory / file))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: str(whole))
-    assert load_module._find_directory("somebody/corrected") == whole
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(whole))
+    assert find_model("somebody/corrected") == whole
 
 
 def test_a_directory_without_config_is_refused(tmp_path):
@@ -139,13 +139,6 @@ def test_a_config_that_is_not_json_is_refused(make_directory):
     (directory / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"cannot read .*config\.json"):
         load(str(directory))
-
-
-def test_a_gguf_file_is_refused(tmp_path):
-    path = tmp_path / "model.gguf"
-    path.touch()
-    with pytest.raises(SRDError, match=r"model\.gguf: scoring a GGUF file is not supported yet"):
-        load(str(path))
 
 
 def test_another_file_is_refused(prose):

@@ -17,7 +17,7 @@ REPORT = Report(
     rule=window_rule(),
     perplexity=Perplexity(tokens=100, ppl=7.5, ppl_stderr=0.25),
     divergence=Divergence(0.5, 0.25, 4.0, 0.125, 0.75),
-    size=CheckpointSize(bytes_on_disk=1000, bits_per_weight=12.5, quantized_weights=640),
+    size=CheckpointSize(bytes_on_disk=1000, bits_per_weight=12.5, quantized_weights=640, total_weights=800),
     dtype="float32",
     alpha=1.0,
     chunks=("early",),
@@ -45,6 +45,7 @@ def test_json_is_flat_and_complete():
         "predicted_ratio": None,
         "bytes_on_disk": 1000,
         "bits_per_weight": 12.5,
+        "total_bits_per_weight": 10.0,
         "convention": "sliding",
         "ctx": 2048,
         "stride": 512,
@@ -64,9 +65,10 @@ def test_divergence_keys_are_absent_without_a_reference():
 
 
 def test_bits_that_are_not_defined_are_null():
-    unknown = replace(REPORT, size=CheckpointSize(1000, math.nan, 0))
-    assert unknown.bits_per_weight is None
-    assert json.loads(json.dumps(unknown.as_json(), allow_nan=False))["bits_per_weight"] is None
+    unknown = replace(REPORT, size=CheckpointSize(1000, math.nan, 0, 0))
+    values = json.loads(json.dumps(unknown.as_json(), allow_nan=False))
+    assert values["bits_per_weight"] is None
+    assert values["total_bits_per_weight"] is None
 
 
 def test_a_prediction_stands_beside_the_measured_divergence():

@@ -1,0 +1,89 @@
+"""A GGUF file, read by `gguf`: its metadata, its tensors dequantized, and what they cost."""
+
+import math
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srd_modifier._extras import require
+from srd_modifier.checkpoint.sizes import CheckpointSize
+from srd_modifier.errors import CheckpointError
+
+
+class GGUFFile:
+    """A GGUF file with a model in it, mapped and checked but not read.
+
+    Attributes:
+        path: The file.
+        architecture: llama.cpp's name of the model's architecture.
+        metadata: Every key and its value.
+        tensors: gguf's description of every tensor, by name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open a file.
+
+        Raises:
+            MissingExtraError: gguf is not installed.
+            CheckpointError: The file is missing, damaged, or holds no model.
+        """
+        require("gguf", extra="gguf")
+        self.path = path
+        try:
+            reader = import_module("gguf").GGUFReader(path)
+            self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: there is no such file") from None
+        except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
+            raise CheckpointError(f"{path} is not a whole GGUF file: {error}") from error
+        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.architecture = str(self.metadata.get("general.architecture", ""))
+        kind = self.metadata.get("general.type", "model")
+        if kind != "model" or not self.architecture:
+            raise CheckpointError(f"{path} holds no model, its general.type is {kind!r}")
+        parts = self.metadata.get("split.count", 1)
+        if parts not in (0, 1):
+            raise CheckpointError(f"{path} is one of {parts} parts of a model; merge them with llama-gguf-split first")
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor as float32, dequantized by gguf, in torch's order of dimensions.
+
+        Raises:
+            CheckpointError: gguf does not know its type.
+        """
+        stored = self.tensors[name]
+        try:
+            values = import_module("gguf").quants.dequantize(stored.data, stored.tensor_type)
+        except NotImplementedError as error:
+            raise CheckpointError(
+                f"{self.path}: {name} is of type {stored.tensor_type.name}, which gguf cannot read back"
+            ) from error
+        # float32 comes back as a view of the file
+        return torch.from_numpy(values.astype("float32", copy=not values.flags.writeable))
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a tensor is stored in blocks of more than one weight."""
+        return import_module("gguf").GGML_QUANT_SIZES[self.tensors[name].tensor_type][0] > 1
+
+    @property
+    def size(self) -> CheckpointSize:
+        """What the file costs: bits per weight are those of the decoder layers' matrices, routers aside.
+
+        Routers are small and stay in float32, in the files of `llama-quantize` too; quantization does not cover them.
+        """
+        matrices = [
+            tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith("blk.") and len(tensor.shape) >= 2 and ".ffn_gate_inp" not in name
+        ]
+        weights = sum(int(tensor.n_elements) for tensor in matrices)
+        size = sum(int(tensor.n_bytes) for tensor in matrices)
+        return CheckpointSize(
+            bytes_on_disk=self.path.stat().st_size,
+            bits_per_weight=8 * size / weights if weights else math.nan,
+            quantized_weights=weights,
+            total_weights=sum(int(tensor.n_elements) for tensor in self.tensors.values()),
+        )
