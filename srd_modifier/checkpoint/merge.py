@@ -18,6 +18,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 _BASE_SUFFIXES = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape")
 _NOT_COPIED = ("config.json", "recipe.yaml", "model.safetensors.index.json")
+_WEIGHTS = (".safetensors", ".gguf")
 
 
 def export_dense(
@@ -62,7 +63,7 @@ def export_dense(
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
         write_json(staging / "config.json", config)
         for source in directory.iterdir():
-            if source.is_file() and source.suffix != ".safetensors" and source.name not in _NOT_COPIED:
+            if source.is_file() and source.suffix not in _WEIGHTS and source.name not in _NOT_COPIED:
                 shutil.copyfile(source, staging / source.name)
 
 

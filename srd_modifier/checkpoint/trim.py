@@ -140,11 +140,11 @@ def _without(sensitivity: Sensitivity, dropped: Sequence[str]) -> Sensitivity:
 
 
 def _copy_model(directory: Path, staging: Path) -> None:
-    """Everything but the sidecar. Weights are linked; what someone might edit in place is copied."""
+    """Everything but the sidecar and GGUF files. Weights are linked; what one might edit in place is copied."""
     for source in directory.iterdir():
         if source.is_file() and source.suffix == ".safetensors":
             link_or_copy(source.resolve(), staging / source.name)  # a link to a link would be no file of its own
-        elif source.is_file():
+        elif source.is_file() and source.suffix != ".gguf":
             shutil.copyfile(source, staging / source.name)
     if (directory / _TEMPLATES).is_dir():
         shutil.copytree(directory / _TEMPLATES, staging / _TEMPLATES)

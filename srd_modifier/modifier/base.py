@@ -17,6 +17,7 @@ from srd_modifier.checkpoint.config import check_alphas
 from srd_modifier.errors import ConfigError, RecipeError
 from srd_modifier.modifier.candidates import DEFAULT_CANDIDATES
 from srd_modifier.modifier.capture import CorrectedModule, ResidualCapture
+from srd_modifier.modifier.companion import CompanionFile
 from srd_modifier.modifier.events import observe
 from srd_modifier.modifier.plan import (
     QuantizedModule,
@@ -84,6 +85,8 @@ class SRDModifier(QuantizationModifier):
         sensitivity_tokens: calibration tokens that it reads.
         candidates: formats that a budget chooses from, as mappings of `bits`, `group_size`, `density` and
             `scale_dtype`; by default those of `candidates.DEFAULT_CANDIDATES`.
+        gguf: also write a GGUF file of the original model into the checkpoint's directory, calibrated on the recipe's
+            data: a type such as `Q4_K_M`, or `{type: Q4_K_M, budget: 4.85bpw}`.
         spool_dir: where residuals wait until the model is saved; the system's temporary directory by default.
             Not used when SRDModifier quantizes by round-to-nearest.
         targets, ignore: without a scheme, which of the quantized modules may be corrected.
@@ -103,6 +106,7 @@ class SRDModifier(QuantizationModifier):
     sensitivity: str | None = None
     sensitivity_tokens: int = 8192
     candidates: list[dict[str, Any]] | None = None
+    gguf: Any = None
     # not written to recipe.yaml: a path of this machine
     spool_dir: str | None = Field(None, exclude=True)
 
@@ -111,6 +115,7 @@ class SRDModifier(QuantizationModifier):
     _quantized: dict[nn.Module, QuantizedModule] = PrivateAttr(default_factory=dict)
     _model: nn.Module | None = PrivateAttr(None)
     _calibration: Any = PrivateAttr(None)
+    _write_companion: Callable[[Path], None] | None = PrivateAttr(None)
     _undo: list[Callable[[], None]] = PrivateAttr(default_factory=list)
 
     @field_validator("sensitivity", mode="before")
@@ -130,6 +135,7 @@ class SRDModifier(QuantizationModifier):
             own = "residual_" if str(error).startswith(("bits is", "group_size is")) else ""
             raise ConfigError(f"{own}{error}") from None
         self._check_calibrated_settings()
+        CompanionFile.parse(self.gguf)
         # with another quantizer it is that one's calibration that is watched
         if self.quantizes_itself and self.needs_inputs:
             self.requires_calibration_data = True
@@ -235,6 +241,11 @@ class SRDModifier(QuantizationModifier):
             raise RecipeError(
                 "SRDModifier needs calibration data for feedback, sensitivity and budgets; give oneshot a dataset"
             )
+        companion = CompanionFile.parse(self.gguf)
+        if companion is not None:
+            if state.data.calib is None:
+                raise RecipeError("gguf is calibrated on the recipe's data; give oneshot a dataset, or leave it out")
+            self._write_companion = partial(companion.write, companion.check(state.model), state.data.calib)
         if any(_overwrites_weights(quantizer) for quantizer in quantizers):
             check_weights(quantized[name] for name in chosen)
         if self.quantizes_itself:
@@ -281,7 +292,8 @@ class SRDModifier(QuantizationModifier):
         self._model = self._calibration = None
         srd_modifiers = [m for m in active_session().lifecycle.recipe.modifiers if isinstance(m, SRDModifier)]
         if self is srd_modifiers[-1] and self._capture is not None:
-            install_save(state.model, self._capture)
+            companions = [m._write_companion for m in srd_modifiers if m._write_companion is not None]
+            install_save(state.model, self._capture, companions)
         return True
 
     def close(self) -> None:

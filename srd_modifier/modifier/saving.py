@@ -4,7 +4,7 @@ llm-compressor replaces `model.save_pretrained` on the instance; we stand around
 srd_config are put together in a temporary sibling of the target and appear there together.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from srd_modifier.errors import SRDError
 from srd_modifier.modifier.capture import ResidualCapture
 
 
-def install_save(model: nn.Module, capture: ResidualCapture) -> None:
-    """Let `model.save_pretrained` write the capture's sidecar too."""
+def install_save(model: nn.Module, capture: ResidualCapture, companions: Sequence[Callable[[Path], None]] = ()) -> None:
+    """Let `model.save_pretrained` write the capture's sidecar too, and what else belongs into the directory."""
     inner: Callable[..., Any] = getattr(model, "save_pretrained")  # noqa: B009 - nn.Module types it as a Tensor
 
     @wraps(inner)  # also copies the mark by which llm-compressor knows that it has been here
@@ -50,6 +50,8 @@ def install_save(model: nn.Module, capture: ResidualCapture) -> None:
                 base_digests=capture.base_digests,
                 sensitivity=capture.sensitivity(),
             )
+            for write in companions:
+                write(staging)
         return result
 
     setattr(model, "save_pretrained", save_pretrained)  # noqa: B010
