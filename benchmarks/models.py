@@ -33,6 +33,8 @@ SCHEME = {
 
 SHAPES = {
     "smollm2-135m": Shape(30, 576, 1536, 9, 3),
+    # widths in whole blocks of the K-quants, as nearly all larger models have them
+    "llama-132m": Shape(15, 768, 2048, 12, 4),
     "smollm2-1.7b": Shape(24, 2048, 8192, 32, 32),
 }
 
