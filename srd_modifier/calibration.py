@@ -161,3 +161,5 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SRDError(f"{path} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise SRDError(f"{path} cannot be read: {error.strerror or error}") from error

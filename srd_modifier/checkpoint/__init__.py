@@ -11,5 +11,6 @@ spending    what a budget leaves for the residual, and what a residual takes of 
 trim        a smaller sidecar, cut out of a larger one
 merge       the corrected weights as an ordinary dense checkpoint
 sizes       bytes on disk and bits per weight
+locate      where the files of a model lie, by directory or hub id
 atomic      directories and files that appear whole or not at all
 """

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from srd_modifier.cli._quiet import hide_bars
+from srd_modifier.cli.eval import DeviceName
 
 if TYPE_CHECKING:
     from srd_modifier.gguf.plan import ExportSummary
@@ -75,7 +76,7 @@ def bf16(
 @app.command("gguf")
 def gguf(
     model: Annotated[str, typer.Argument(help="SRD checkpoint, W4A16 checkpoint, or any model: directory or hub id.")],
-    output: Annotated[Path, typer.Option(help="GGUF file to make.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="GGUF file to make, or a directory to name it in.", show_default=False)],
     file_type: Annotated[
         FileTypeName, typer.Option("--type", help="Which types the tensors get, by llama.cpp's name.")
     ] = FileTypeName.Q4_K_M,
@@ -105,7 +106,7 @@ def gguf(
     num_samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 64,
     max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens of a calibration sample.")] = 512,
     seed: Annotated[int, typer.Option(help="Of the choice of samples, or of writing them.")] = 0,
-    device: Annotated[str, typer.Option(help="Where calibration computes: auto, cpu or cuda.")] = "auto",
+    device: Annotated[DeviceName, typer.Option(help="Where calibration computes.")] = DeviceName.auto,
     budget: Annotated[
         str | None,
         typer.Option(help="Choose each tensor's type within 4.85bpw (bits per weight, all tensors), 119MB or 110MiB."),
@@ -139,7 +140,7 @@ def gguf(
             imatrix_output=imatrix_out,
             calibration=None
             if calibration is None
-            else Calibration(calibration, num_samples, max_seq_length, seed, device),
+            else Calibration(calibration, num_samples, max_seq_length, seed, device.value),
             budget=None if budget is None else parse_budget("budget", budget, field="--budget"),
             lora_rank=residual_lora,
             overwrite=overwrite,

@@ -33,6 +33,18 @@ _OVERSAMPLING = 16
 _TURNS = 8
 
 
+def check_adapter(plan: "ExportPlan", rank: int) -> None:
+    """Refuse, before the file is made, a rank that its adapter cannot have.
+
+    Raises:
+        ConfigError: The rank is below 1 or above that of a matrix, or no matrix will be quantized.
+    """
+    lossy = [tensor for tensor in plan.tensors if _is_adapted(tensor) and plan.types[tensor.name].block_weights > 1]
+    if not lossy:
+        raise ConfigError(f"{plan.mixture} quantizes no matrix, so there is no residual to put into an adapter")
+    _check_rank(rank, lossy)
+
+
 def export_adapter(plan: "ExportPlan", gguf_file: Path, output: Path, *, rank: int, overwrite: bool = False) -> None:
     """Write the adapter of a file that was just exported; errors as of `write_adapter`.
 
@@ -126,14 +138,14 @@ def _lossy_tensors(file: GGUFFile, tensors: "Sequence[GGUFTensor]") -> "list[GGU
             f"{file.path} is not an export of this model: {name} is {_shape(found.get(name))}, the model's is "
             f"{_shape(promised.get(name))}"
         )
-    lossy = [
-        tensor
-        for tensor in tensors
-        if len(tensor.shape) >= 2 and "token_embd" not in tensor.name and file.is_quantized(tensor.name)
-    ]
+    lossy = [tensor for tensor in tensors if _is_adapted(tensor) and file.is_quantized(tensor.name)]
     if not lossy:
         raise CheckpointError(f"{file.path} has no quantized matrix, so there is no residual to put into an adapter")
     return lossy
+
+
+def _is_adapted(tensor: "GGUFTensor") -> bool:
+    return len(tensor.shape) >= 2 and "token_embd" not in tensor.name
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

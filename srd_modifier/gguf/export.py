@@ -1,5 +1,6 @@
 """From a model directory to a GGUF file that stock llama.cpp loads, in one call."""
 
+import math
 import re
 import tempfile
 from collections import Counter
@@ -12,15 +13,17 @@ import torch
 from numpy.typing import NDArray
 
 from srd_modifier.errors import ConfigError, SRDError
-from srd_modifier.gguf.adapter import export_adapter
+from srd_modifier.gguf.adapter import check_adapter, export_adapter
+from srd_modifier.gguf.blocks import LAYOUTS
+from srd_modifier.gguf.calibration.budget import candidate_types
 from srd_modifier.gguf.calibration.encode import CalibratedTensors, Report, calibrate
 from srd_modifier.gguf.calibration.text import Calibration, read_samples
 from srd_modifier.gguf.families import GGUFTensor
 from srd_modifier.gguf.importance import write_imatrix
-from srd_modifier.gguf.metadata import Method
+from srd_modifier.gguf.metadata import Method, model_id
 from srd_modifier.gguf.mixture import FileType, Override
 from srd_modifier.gguf.plan import ExportPlan, ExportSummary, encode_plain, head_bytes_of, plan_export, write_plan
-from srd_modifier.gguf.writer import refuse_existing_file
+from srd_modifier.gguf.writer import Entry, padded_bytes, refuse_existing_file
 from srd_modifier.selection.budget import Budget
 
 
@@ -81,8 +84,12 @@ def export_gguf(
         use_importance=use_importance,
         calibrated=calibration is not None,
     )
+    fixed = [name for name in plan.types if any(re.search(pattern, name) for pattern, _ in overrides)]
     if budget is not None:
         plan = replace(plan, mixture=_budget_text(budget, plan.mixture))
+        check_budget(budget, plan, fixed)
+    if lora_rank is not None:
+        check_adapter(plan, lora_rank)
     output = _named(output, plan)
     adapter = None if lora_rank is None else output.with_name(f"{output.stem}-lora.gguf")
     for path in (output, imatrix_output, adapter):
@@ -96,7 +103,7 @@ def export_gguf(
     else:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".srd-gguf-", dir=output.parent) as folder:
-            plan, tensors = _calibrate(plan, calibration, budget, overrides, Path(folder), report)
+            plan, tensors = _calibrate(plan, calibration, budget, fixed, Path(folder), report)
             tokens = tensors.tokens
             summary = write_plan(plan, output, encode=_encoder(tensors), overwrite=overwrite)
             summary = replace(summary, predicted_kld=tensors.predicted)
@@ -123,13 +130,46 @@ def _check_options(
         raise ConfigError("calibration measures the importance itself: leave the other options about it out")
     if not file_type.is_quantized:
         raise ConfigError(f"{file_type.value} is not quantized, so there is nothing to calibrate")
+    calibration.resolved_device  # noqa: B018 - resolving it checks it
+
+
+def check_budget(budget: Budget, plan: ExportPlan, fixed: Sequence[str] = ()) -> None:
+    """Refuse a budget that even the smallest types do not meet, before anything is measured.
+
+    Args:
+        budget: what the file may take.
+        plan: what it would hold without a budget.
+        fixed: names of tensors that keep their type.
+
+    Raises:
+        ConfigError: it is too small, or of another kind.
+    """
+    smallest = sum(padded_bytes(_smallest(entry, fixed)) for entry in plan.entries)
+    over = smallest - _data_bytes(budget, plan)
+    if over > 0:
+        weights = sum(entry.weights for entry in plan.entries)
+        least = (
+            f"{math.ceil(8000 * smallest / weights) / 1000} bpw"
+            if budget.bytes is None
+            else f"{budget.bytes + over:,} bytes"
+        )
+        raise ConfigError(
+            f"a budget of {budget} is too small for this model, which takes {least} with the smallest types"
+        )
+
+
+def _smallest(entry: Entry, fixed: Sequence[str]) -> Entry:
+    if entry.name in fixed or entry.ggml_type not in LAYOUTS:
+        return entry
+    candidates = [replace(entry, ggml_type=candidate) for candidate in candidate_types(entry.shape[-1])]
+    return min(candidates, key=padded_bytes, default=entry)
 
 
 def _calibrate(
     plan: ExportPlan,
     calibration: Calibration,
     budget: Budget | None,
-    overrides: Sequence[Override],
+    fixed: Sequence[str],
     folder: Path,
     report: Report | None,
 ) -> tuple[ExportPlan, CalibratedTensors]:
@@ -143,7 +183,7 @@ def _calibrate(
         samples,
         folder,
         max_bytes=None if budget is None else _data_bytes(budget, plan),
-        fixed=[name for name in plan.types if any(re.search(pattern, name) for pattern, _ in overrides)],
+        fixed=fixed,
         device=calibration.resolved_device,
         report=report,
     )
@@ -180,7 +220,7 @@ def _nearest_rule(plan: ExportPlan, tensors: CalibratedTensors) -> FileType:
     weights: Counter[str] = Counter()
     for entry in plan.entries:
         weights[tensors.types[entry.name].value] += entry.weights if len(entry.shape) > 1 else 0
-    rules = {rule.main_type.value: rule for rule in FileType if rule is not FileType.Q4_K_S}
+    rules = {rule.main_type.value: rule for rule in FileType if rule.is_quantized and rule is not FileType.Q4_K_S}
     return next((rules[name] for name, _ in weights.most_common() if name in rules), plan.file_type)
 
 
@@ -193,4 +233,5 @@ def _named(output: Path, plan: ExportPlan) -> Path:
     """The file, where a directory was named."""
     if not output.is_dir():
         return output
-    return output / f"{plan.weights.directory.resolve().name}-{plan.mixture.split(', ')[0]}.gguf"
+    name = Path(model_id(plan.weights.directory)).name
+    return output / f"{name}-{plan.mixture.split(', ')[0]}.gguf"

@@ -16,6 +16,7 @@ There are no dates: the same input gives the same bytes.
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -134,18 +135,16 @@ def _metadata(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> Any:
     """What gguf makes of the model card and of the model's name."""
     gguf = import_module("gguf")
     card = _card(directory)
-    model_id = _model_id(directory)
+    name = model_id(directory)
     total = sum(prod(shape) for shape in shapes.values())
-    metadata = gguf.Metadata.apply_metadata_heuristic(
-        gguf.Metadata(), card, {"_name_or_path": model_id}, Path(model_id), total
-    )
+    metadata = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, {"_name_or_path": name}, Path(name), total)
     if metadata.size_label is None:
         stacked = [shape for name, shape in shapes.items() if "_exps." in name and len(shape) == 3]
         experts = stacked[0][0] if stacked else 0
         of_one = sum(prod(shape[1:]) for shape in stacked)
         metadata.size_label = gguf.size_label(total, total - experts * of_one, of_one, experts)
-    if metadata.source_repo_url is None and "/" in model_id:
-        metadata.source_repo_url = f"https://huggingface.co/{model_id}"
+    if metadata.source_repo_url is None and "/" in name:
+        metadata.source_repo_url = f"https://huggingface.co/{name}"
     metadata.quantized_by = "srd-modifier"
     for field in fields(metadata):
         # YAML reads `version: 1.0` as a number, and a date as a date
@@ -169,12 +168,12 @@ def _card(directory: Path) -> dict[str, Any]:
         ) from error
 
 
-def _model_id(directory: Path) -> str:
+def model_id(directory: Path) -> str:
     """The hub id of a snapshot in the hub's cache, else the directory's name.
 
-    >>> _model_id(Path("hub/models--HuggingFaceTB--SmolLM2-135M/snapshots/93efa2f"))
+    >>> model_id(Path("hub/models--HuggingFaceTB--SmolLM2-135M/snapshots/93efa2f"))
     'HuggingFaceTB/SmolLM2-135M'
     """
-    directory = directory.absolute()
+    directory = Path(os.path.abspath(directory))  # `..` is no name, and a link has its own
     cached = _SNAPSHOT.fullmatch(directory.parent.parent.name)
     return f"{cached[1]}/{cached[2]}" if cached and directory.parent.name == "snapshots" else directory.name

@@ -4,6 +4,11 @@ base        SRDModifier, the life cycle and nothing else
 plan        which modules are corrected, and every reason to refuse before calibration
 events      looking over the shoulder of the quantizer that follows in the recipe
 capture     original weights to residuals, one layer at a time
+inputs      what calibration shows of the modules' inputs
+calibrated  one module's base, residual and damage under them
+candidates  the residuals that a budget chooses from, waiting on disk
+allocation  a budget spent on them
+companion   the GGUF file that a recipe asks for beside its checkpoint
 saving      the sidecar that `save_pretrained` writes with the model
 """
 

@@ -62,20 +62,27 @@ class CompanionFile:
         Raises:
             RecipeError: the model was not loaded from anywhere.
             SRDError: llama.cpp has no such architecture or tokenizer.
+            ConfigError: no types are small enough for the budget.
             MissingExtraError: a library of the `gguf` extra is missing.
         """
+        from srd_modifier.gguf.export import check_budget
         from srd_modifier.gguf.plan import plan_export
 
-        require("xllamacpp", extra="gguf")
+        for library in ("gguf", "xllamacpp", "accelerate"):
+            require(library, extra="gguf")
         name = getattr(model.config, "_name_or_path", "")
         try:
+            if not name:
+                raise SRDError("it was not loaded from anywhere")
             directory = find_model(name, fetch_weights=True)
         except SRDError as error:
             raise RecipeError(
                 f"gguf makes a file of the original model, which is not on disk ({error}); load it from a directory or "
                 "a hub id, or leave gguf out and run srd export gguf later"
             ) from error
-        plan_export(directory, file_type=self.file_type, calibrated=True)
+        plan = plan_export(directory, file_type=self.file_type, calibrated=True)
+        if self.budget is not None:
+            check_budget(self.budget, plan)
         return directory
 
     def write(self, original: Path, batches: Iterable[Mapping[str, Tensor]], directory: Path) -> None:
@@ -105,7 +112,8 @@ def _samples(batches: Iterable[Mapping[str, Tensor]]) -> list[list[int]]:
         mask = batch.get("attention_mask")
         for row, ids in enumerate(batch["input_ids"]):
             sample = (ids if mask is None else ids[mask[row].bool()]).tolist()
-            if len(sample) > 1 and tokens < _MOST_TOKENS:
-                samples.append(sample)
-                tokens += len(sample)
+            samples.append(sample)
+            tokens += len(sample)
+            if tokens >= _MOST_TOKENS:
+                return samples
     return samples

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for small_models, in whichever
 
 from small_models import numbered_vocabulary, write_model
 
-from srd_modifier.gguf import export
+from srd_modifier.gguf import plan
 
 
 @pytest.fixture(scope="session")
@@ -32,4 +32,4 @@ def numbered(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(directory: Path, config: dict[str, Any], *, rows: int) -> Any:
         return numbered_vocabulary(rows)
 
-    monkeypatch.setattr(export, "read_vocabulary", read)
+    monkeypatch.setattr(plan, "read_vocabulary", read)

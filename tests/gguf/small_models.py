@@ -5,14 +5,11 @@ comes out, and for outputs that are far from uniform: then a permutation or an o
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
-import xllamacpp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -171,25 +168,10 @@ def numbered_vocabulary(rows: int) -> Vocabulary:
     )
 
 
-@contextmanager
-def exact_llama_cpp(path: Path) -> Iterator[LlamaCpp]:
-    """llama.cpp with keys and values as they are; by default it rounds them to half precision."""
-    make = xllamacpp.CommonParams
-
-    def make_exact() -> Any:
-        parameters = make()
-        parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        return parameters
-
-    with patch.object(xllamacpp, "CommonParams", make_exact), LlamaCpp(path) as model:
-        yield model
-
-
 def llama_cpp_log_probabilities(model: LlamaCpp, prompt: list[int]) -> Tensor:
     """What llama.cpp says of the token after the prompt, float32 `[vocabulary]`."""
     body = {"prompt": prompt, "n_predict": 1, "cache_prompt": False, "n_probs": VOCABULARY, "temperature": 0}
-    answer = model._ask("/completion", body)
+    answer = model._ask("POST", "/completion", body)
     result = torch.full((VOCABULARY,), torch.nan)
     for entry in answer["completion_probabilities"][0]["top_logprobs"]:
         result[entry["id"]] = entry["logprob"]

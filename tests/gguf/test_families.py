@@ -16,7 +16,6 @@ from small_models import (
     END,
     PROMPT,
     VOCABULARY,
-    exact_llama_cpp,
     llama_cpp_log_probabilities,
     randomize,
     rewrite,
@@ -31,6 +30,7 @@ from srd_modifier.gguf.export import export_gguf
 from srd_modifier.gguf.families import FAMILIES, Family, family_of
 from srd_modifier.gguf.families.base import Part
 from srd_modifier.gguf.families.rope import FACTORS, llama3_factors
+from srd_modifier.gguf.llamacpp import LlamaCpp
 from srd_modifier.gguf.mixture import FileType
 from srd_modifier.gguf.weights import ModelWeights
 
@@ -57,7 +57,7 @@ def tensors_of(directory: Path) -> dict[str, Any]:
 def llama_cpp_error(directory: Path, output: Path, expected: Tensor) -> float:
     """The largest difference of a token's log probability between llama.cpp and `expected`."""
     export_gguf(directory, output, file_type=FileType.F32)
-    with exact_llama_cpp(output) as model:
+    with LlamaCpp(output, exact=True) as model:
         return float((llama_cpp_log_probabilities(model, PROMPT) - expected).abs().max())
 
 
@@ -68,7 +68,7 @@ def test_llama_cpp_computes_what_transformers_computes(
 ) -> None:
     reference = load(small_model(name))
     export_gguf(small_model(name), tmp_path / "model.gguf", file_type=FileType.F32)
-    with exact_llama_cpp(tmp_path / "model.gguf") as model:
+    with LlamaCpp(tmp_path / "model.gguf", exact=True) as model:
         torch.testing.assert_close(
             llama_cpp_log_probabilities(model, PROMPT),
             torch_log_probabilities(reference, PROMPT),

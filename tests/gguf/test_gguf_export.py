@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import exact_llama_cpp, rewrite, write_model
+from small_models import rewrite, write_model
 
 from srd_modifier.checkpoint.config import IMPORTANCE
 from srd_modifier.errors import CheckpointError, ConfigError, SRDError
 from srd_modifier.gguf.export import export_gguf
 from srd_modifier.gguf.ggml import GGMLType, dequantize, quantize
 from srd_modifier.gguf.importance import read_imatrix
+from srd_modifier.gguf.llamacpp import LlamaCpp
 from srd_modifier.gguf.mixture import FileType
 from srd_modifier.gguf.plan import plan_export, write_plan
 from srd_modifier.gguf.weights import ModelWeights
@@ -90,7 +91,7 @@ def test_a_trained_model_writes_what_torch_writes(tiny_llama: Path, tmp_path: Pa
     export_gguf(tiny_llama, tmp_path / "model.gguf", file_type=FileType.F32)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     prompt = AutoTokenizer.from_pretrained(tiny_llama)("The history of the town begins")["input_ids"]
-    with exact_llama_cpp(tmp_path / "model.gguf") as llama:
+    with LlamaCpp(tmp_path / "model.gguf", exact=True) as llama:
         assert llama.tokenize("The history of the town begins") == prompt
         generated = llama.complete(prompt, 24)
     with torch.no_grad():
@@ -239,7 +240,7 @@ def test_one_dimensional_tensors_and_routers_stay_float32(small_model: Callable[
 @pytest.mark.parametrize("name", ["qwen3moe", "gemma3", "gemma4-moe", "gemma4-e2b", "smollm2"])
 def test_quantized_files_load(name: str, small_model: Callable[[str], Path], tmp_path: Path) -> None:
     export_gguf(small_model(name), tmp_path / "model.gguf", file_type=FileType.Q4_0)
-    with exact_llama_cpp(tmp_path / "model.gguf") as model:
+    with LlamaCpp(tmp_path / "model.gguf", exact=True) as model:
         assert model.complete([1, 2, 3], 4)
 
 

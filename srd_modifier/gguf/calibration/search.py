@@ -18,7 +18,7 @@ from srd_modifier.gguf import ggml
 from srd_modifier.gguf.blocks import LAYOUTS, BlockLayout, Blocks, unpack
 from srd_modifier.gguf.ggml import GGMLType
 from srd_modifier.residual.codec import row_blocks
-from srd_modifier.residual.feedback import Grid, descend, group_sums, round_with_feedback
+from srd_modifier.residual.feedback import Grid, descend, round_with_feedback
 from srd_modifier.residual.hessian import Hessian
 
 
@@ -33,8 +33,9 @@ THOROUGH = (Turn(True, 0), Turn(True, 0), Turn(True, 2), Turn(False, 2), Turn(Fa
 QUICK = (Turn(True, 0),)
 """About 8 % more loss than `THOROUGH` in a fifth of the time: enough to compare types."""
 
-# entries of a weight, and of its rows' parabolas, that are worked on at once
+# entries of a weight that are worked on at once: the loops over its columns take as long for one row as for many
 _BLOCK_ENTRIES = 2**23
+_SYSTEM_ENTRIES = 2**23  # the same of its rows' parabolas, which outgrow the weight where rows are long
 
 _SCALE_SWEEPS = 3
 
@@ -63,14 +64,13 @@ def quantize_calibrated(
     if weight.dim() != 2 or weight.shape[1] != hessian.in_features:
         raise ValueError(f"expected a weight [out, {hessian.in_features}], got shape {tuple(weight.shape)}")
     layout = LAYOUTS[ggml_type]
-    start = unpack(torch.from_numpy(ggml.quantize(weight, ggml_type, hessian.column_cost())), ggml_type)
+    importance = hessian.column_cost()
+    importance = importance / importance.mean()  # ggml's sums are made for values around 1
+    start = unpack(torch.from_numpy(ggml.quantize(weight, ggml_type, importance)), ggml_type)
     start = start.to(weight.device)
-    in_features = weight.shape[1]
-    parameters = in_features // layout.group * (2 if layout.has_min else 1)
-    entries = max(1, _BLOCK_ENTRIES * in_features // max(in_features, parameters**2))
     found = [
         _search(weight[rows], start.rows(rows), layout, hessian, schedule)
-        for rows in row_blocks(*weight.shape, entries=entries)
+        for rows in row_blocks(*weight.shape, entries=_BLOCK_ENTRIES)
     ]
     return Blocks.stack(found)
 
@@ -91,6 +91,19 @@ class _Steps:
     @property
     def min(self) -> Tensor:
         return self.block_min * self.min_code
+
+    def rows(self, rows: slice) -> "_Steps":
+        """Those of some rows."""
+        return _Steps(**{name: values[:, rows] for name, values in vars(self).items()})
+
+    @classmethod
+    def join(cls, parts: Sequence["_Steps"]) -> "_Steps":
+        """Those of all parts' rows."""
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts], dim=1) for name in vars(parts[0])})
+
+    def parameters(self, layout: BlockLayout) -> Tensor:
+        """All scales, then all mins where the type has some: `[rows, parameters]`."""
+        return torch.cat([self.scale, self.min]).T if layout.has_min else self.scale.T
 
     @classmethod
     def of(cls, blocks: Blocks, layout: BlockLayout) -> "_Steps":
@@ -147,55 +160,66 @@ def _search(weight: Tensor, start: Blocks, layout: BlockLayout, hessian: Hessian
     groups = torch.arange(len(target), device=target.device) // layout.group
     bounds = torch.tensor([0.0, layout.low, layout.high], device=target.device).view(3, 1, 1)
     grid = Grid(bounds[0], bounds[1], bounds[2])
-    product = hessian.regularized @ target
     steps = _Steps.of(start, layout)
-    levels = torch.zeros_like(target)
-    best: _Found | None = None
+    levels = start.levels.T.float().contiguous()
+    error = _error(target, levels, steps, groups)
+    best = _Found(levels, steps, (error * (hessian.regularized @ error)).sum(dim=0))
     for feedback, sweeps in schedule:
         shifted = target + steps.min[groups]
         if feedback:
             levels, _ = round_with_feedback(shifted, steps.scale, groups, grid, hessian)
         if sweeps:
             levels = descend(shifted, levels, steps.scale, groups, grid, hessian, sweeps=sweeps)
-        fit = _Fit.of(target, product, levels, groups, layout, hessian)
-        found = _Found(levels, steps, fit.loss(steps))
-        best = found if best is None else found.better(best)
-        steps = fit.solve(steps)
-        best = _Found(levels, steps, fit.loss(steps)).better(best)
-    assert best is not None
+        found, fitted = _refitted(target, levels, steps, groups, layout, hessian)
+        best = fitted.better(found.better(best))
+        steps = fitted.steps
     return best.steps.blocks(best.levels, layout)
+
+
+def _refitted(
+    target: Tensor, levels: Tensor, steps: _Steps, groups: Tensor, layout: BlockLayout, hessian: Hessian
+) -> tuple[_Found, _Found]:
+    """Levels with the steps that they have, and with those of least loss; some rows after the other."""
+    parameters = steps.parameters(layout).shape[1]
+    before, after, parts = [], [], []
+    for rows in row_blocks(target.shape[1], parameters**2, entries=_SYSTEM_ENTRIES):
+        own = steps.rows(rows)
+        fit = _Fit.of(target[:, rows], levels[:, rows], own, groups, layout, hessian)
+        parts.append(fit.solve(own))
+        before.append(fit.constant)
+        after.append(fit.loss(parts[-1]))
+    return _Found(levels, steps, torch.cat(before)), _Found(levels, _Steps.join(parts), torch.cat(after))
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """The loss of every row as a parabola in its scales s and mins m: `constant - 2 seen . p + p^T system p`.
+    """The loss of every row as a parabola in what is added to its scales s and mins m.
 
-    The parameters `p` are all scales, then all mins where the type has some. For levels c, a target t and groups j and
-    k, `system_jk` is `c_j^T H_jk c_k` between scales, `-c_j^T H_jk 1` between a scale and a min, and `1^T H_jk 1`
-    between mins; `seen` is `c_j^T (H t)_j` and `-1^T (H t)_j`.
+    For additions d to the parameters, all scales and then all mins where the type has some, the loss is
+    `constant + 2 slope . d + d^T system d`. A parabola in the parameters themselves would be the same, but with terms
+    up to a million times the loss (for Q8_0), of which float32 leaves no more than noise. For levels c, an error e and
+    groups j and k, `system_jk` is `c_j^T H_jk c_k` between scales, `-c_j^T H_jk 1` between a scale and a min, and
+    `1^T H_jk 1` between mins; `slope` is `c_j^T (H e)_j` and `-1^T (H e)_j`.
 
     Attributes:
         system: float32 `[rows, parameters, parameters]`.
-        seen: float32 `[rows, parameters]`.
-        constant: float32 `[rows]`.
+        slope: float32 `[rows, parameters]`.
+        constant: float32 `[rows]`, the loss as it is.
+        old: float32 `[rows, parameters]`, what is added to.
         layout: of the blocks.
     """
 
     system: Tensor
-    seen: Tensor
+    slope: Tensor
     constant: Tensor
+    old: Tensor
     layout: BlockLayout
 
     @classmethod
     def of(
-        cls,
-        target: Tensor,
-        product: Tensor,
-        levels: Tensor,
-        groups: Tensor,
-        layout: BlockLayout,
-        hessian: Hessian,
+        cls, target: Tensor, levels: Tensor, steps: _Steps, groups: Tensor, layout: BlockLayout, hessian: Hessian
     ) -> "_Fit":
+        """The parabola for levels `[in, rows]` and the error that they leave of a target with these steps."""
         moment = hessian.regularized
         count, rows = len(target) // layout.group, target.shape[1]
         parameters = count * (2 if layout.has_min else 1)
@@ -203,32 +227,33 @@ class _Fit:
         for group in range(count):
             members = slice(group * layout.group, (group + 1) * layout.group)
             spread = (moment[:, members] @ levels[members]).mul_(levels)
-            system[:, group, :count] = group_sums(spread, groups, count)
-        seen = group_sums(product * levels, groups, count)
+            system[:, group, :count] = _group_sums(spread, count)
+        error = _error(target, levels, steps, groups)
+        pull = moment @ error
+        slope = _group_sums(pull * levels, count)
         if layout.has_min:
-            sums = group_sums(moment, groups, count)  # of the moment's rows over the columns of each group
+            sums = _group_sums(moment, count)  # of the moment's rows over the columns of each group
             for group in range(count):
-                system[:, count + group, :count] = -group_sums(levels * sums[:, group, None], groups, count)
+                system[:, count + group, :count] = -_group_sums(levels * sums[:, group, None], count)
             system[:, :count, count:] = system[:, count:, :count].transpose(1, 2)
-            system[:, count:, count:] = group_sums(sums, groups, count)
-            seen = torch.cat([seen, -group_sums(product, groups, count)], dim=1)
-        return cls(system, seen, (product * target).sum(dim=0), layout)
+            system[:, count:, count:] = _group_sums(sums, count)
+            slope = torch.cat([slope, -_group_sums(pull, count)], dim=1)
+        return cls(system, slope, (pull * error).sum(dim=0), steps.parameters(layout), layout)
 
     def loss(self, steps: _Steps) -> Tensor:
         """Float32 `[rows]`."""
-        parameters = self._parameters(steps)
-        curved = torch.bmm(self.system, parameters.unsqueeze(2)).squeeze(2).mul_(parameters).sum(dim=1)
-        return self.constant - 2 * (self.seen * parameters).sum(dim=1) + curved
+        added = steps.parameters(self.layout) - self.old
+        curved = torch.bmm(self.system, added.unsqueeze(2)).squeeze(2)
+        return self.constant + (2 * self.slope + curved).mul_(added).sum(dim=1)
 
     def solve(self, steps: _Steps) -> _Steps:
         """The scales and mins of least loss, jointly, of those that blocks can hold."""
-        old = self._parameters(steps)
         diagonal = self.system.diagonal(dim1=1, dim2=2)
         # a group whose levels are all 0 has no equation; the ridge gives it one, and its scale stays as it was
         ridge = 1e-5 * diagonal + _TINY
-        fitted, failed = torch.linalg.solve_ex(self.system + torch.diag_embed(ridge), self.seen + ridge * old)
-        sound = (failed == 0) & torch.isfinite(fitted).all(dim=1)
-        fitted = torch.where(sound[:, None], fitted, old).T
+        added, failed = torch.linalg.solve_ex(self.system + torch.diag_embed(ridge), -self.slope)
+        sound = (failed == 0) & torch.isfinite(added).all(dim=1)
+        fitted = torch.where(sound[:, None], self.old + added, self.old).T
         count = len(steps.scale)
         ratio = fitted[:count] / torch.where(steps.scale == 0, torch.inf, steps.scale)
         runs_off = (ratio < _LEAST_RATIO) | (ratio > _MOST_RATIO)
@@ -238,9 +263,6 @@ class _Fit:
         if not self.layout.has_min:
             return _Steps(units, codes, torch.zeros_like(units), torch.ones_like(units))
         return _Steps(units[:count], codes[:count], units[count:], codes[count:])
-
-    def _parameters(self, steps: _Steps) -> Tensor:
-        return torch.cat([steps.scale, steps.min]).T if self.layout.has_min else steps.scale.T
 
     def _unit(self, values: Tensor) -> Tensor:
         """What a code of 1 stands for, as float16 holds it: `[groups, rows]` for values of the same shape."""
@@ -259,7 +281,7 @@ class _Fit:
         divisors = torch.where(units == 0, torch.inf, units)
         codes = (wanted / divisors).round_().clamp_(least, most)
         values = (codes * units).T.contiguous()
-        slope = torch.bmm(self.system, values.unsqueeze(2)).squeeze(2) - self.seen
+        slope = torch.bmm(self.system, (values - self.old).unsqueeze(2)).squeeze(2) + self.slope
         diagonal = self.system.diagonal(dim1=1, dim2=2).clamp(min=_TINY)
         for _ in range(_SCALE_SWEEPS):
             for j in range(len(codes)):
@@ -269,3 +291,12 @@ class _Fit:
                 slope.addcmul_(self.system[:, j], change.unsqueeze(1))
                 values[:, j] += change
         return codes
+
+
+def _error(target: Tensor, levels: Tensor, steps: _Steps, groups: Tensor) -> Tensor:
+    return torch.addcmul(-target, levels, steps.scale[groups]).sub_(steps.min[groups])
+
+
+def _group_sums(values: Tensor, count: int) -> Tensor:
+    """`[rows, count]`, the sums of `values [in, rows]` over each of so many groups of columns."""
+    return values.unflatten(0, (count, -1)).sum(dim=1).T

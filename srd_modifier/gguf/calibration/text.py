@@ -64,7 +64,9 @@ def read_samples(calibration: Calibration, directory: Path) -> tuple[list[list[i
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if calibration.samples is not None:
-        given = [list(sample) for sample in calibration.samples]
+        given = [list(sample) for sample in calibration.samples if len(sample) > 1]
+        if not given:
+            raise SRDError(f"{calibration.source}: there is no text to calibrate on")
         return given, _described(calibration.source, given)
     settings = {
         "num_samples": calibration.num_samples,
@@ -73,19 +75,18 @@ def read_samples(calibration: Calibration, directory: Path) -> tuple[list[list[i
     }
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
-        if calibration.source == SELF:
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
-            samples = from_model(model, tokenizer, **settings)
-        else:
-            samples = from_file(Path(calibration.source), tokenizer, **settings)
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto") if calibration.source == SELF else None
     except (OSError, ValueError) as error:
         if isinstance(error, SRDError):
             raise
         raise SRDError(f"cannot load {directory}: {' '.join(str(error).split())}") from error
-    if calibration.source == SELF:
+    if model is not None:
+        samples = from_model(model.eval(), tokenizer, **settings)
         return samples, _described(SELF, samples)
-    digest = hashlib.sha256(Path(calibration.source).read_bytes()).hexdigest()
-    return samples, CalibrationText(name=Path(calibration.source).name, sha256=digest, tokens=sum(map(len, samples)))
+    path = Path(calibration.source)
+    samples = from_file(path, tokenizer, **settings)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return samples, CalibrationText(name=path.name, sha256=digest, tokens=sum(map(len, samples)))
 
 
 def _described(name: str, samples: list[list[int]]) -> CalibrationText:

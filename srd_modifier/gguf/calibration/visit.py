@@ -13,6 +13,7 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,8 @@ class Moments:
 Replace = Callable[[GGUFTensor, int, Tensor, Moments | None], Tensor | None]
 """Called for each matrix with the tensor of the file, the number of its piece, the weight float32 `[out, in]` in GGUF
 order, and the moments of its inputs: one object for matrices that share them, None for an embedding and where no token
-came by. It gives the weight to go on with, in the same order, or None to leave it as it is."""
+came by. It gives the weight to go on with, in the same order, or None to leave it as it is. What it gives may be
+written to the weight that it was called with, which is good during the call only."""
 
 Progress = Callable[[int, int], None]
 
@@ -106,10 +108,10 @@ def visit_unchanged(
         places = model.places_in(path)
         sums: dict[Place, _Sum] = {}
         for batch in batches:
-            inputs = _inputs(
-                model, layer, path, [place.parameter for place in places], batch.current, batch.calls[number]
-            )
-            batch.current = batch.calls[number](layer, batch.current)
+            inputs: dict[Place, Tensor] = {}
+            with model.watch(path, layer, partial(_keep, inputs)):
+                batch.current = batch.calls[number](layer, batch.current)
+            _refuse_infinity(model, number, batch.current)
             _sum_up(sums, inputs, {})
         for place, occupants in places.items():
             moments = sums[place].moments() if place in sums else None
@@ -193,9 +195,17 @@ def _run_original(model: LayeredModel, layer: nn.Module, number: int, batch: _Ba
     kept: list[Tensor] = []  # or the id of an input that is gone could be another's
     with model.watch(model.path(number), layer, seen):
         batch.original = batch.calls[number](layer, batch.original)
-    if not bool(torch.isfinite(batch.original).all()):
-        raise SRDError(f"{model.weights.directory}: the model gives NaN or infinity in layer {number}")
+    _refuse_infinity(model, number, batch.original)
     return found
+
+
+def _keep(found: dict[Place, Tensor], place: Place, inputs: Tensor, outputs: Tensor | None) -> None:
+    found[place] = inputs
+
+
+def _refuse_infinity(model: LayeredModel, number: int, hidden: Tensor) -> None:
+    if not bool(torch.isfinite(hidden).all()):
+        raise SRDError(f"{model.weights.directory}: the model gives NaN or infinity in layer {number}")
 
 
 def _offer(parameter: Tensor, occupants: Sequence[Occupant], moments: Moments | None, replace: Replace) -> None:
