@@ -3,7 +3,8 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
-BENCHMARKS ?= benchmarks.rounding benchmarks.quality benchmarks.oneshot_cost benchmarks.sensitivity_cost benchmarks.load_time
+BENCHMARKS ?= benchmarks.rounding benchmarks.quality benchmarks.oneshot_cost benchmarks.sensitivity_cost benchmarks.load_time \
+	benchmarks.gguf_quality benchmarks.gguf_export
 
 VENV := .venv
 BIN := $(VENV)/bin

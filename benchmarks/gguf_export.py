@@ -19,15 +19,12 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.models import SHAPES, Shape, write_random
+from benchmarks.models import write_random
 from benchmarks.process import REPOSITORY, Cost, measure, median, print_cost, ratio, run
 
 _SMALL = "llama-132m"
 _LARGE = "smollm2-1.7b"
 _FILE_TYPE = "Q4_K_M"
-
-# widths in whole blocks of the K-quants, as nearly all larger models have them
-SHAPES[_SMALL] = Shape(15, 768, 2048, 12, 4)
 
 
 def worker(model: str, output: str, file_type: str, threads: int, imatrix: str | None) -> None:

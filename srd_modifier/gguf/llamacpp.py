@@ -7,7 +7,7 @@ port of this machine alone and answers over HTTP, without a proxy between.
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from http.client import HTTPConnection, HTTPException
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +23,7 @@ from srd_modifier.errors import SRDError
 _SILENT, _ERRORS = -1, 1
 _ERROR_MARK = " E "
 _REFUSAL_SECONDS = 600
+_SEPARATOR = -1  # no token's id
 
 
 class LlamaCpp:
@@ -96,6 +97,23 @@ class LlamaCpp:
         """
         body = {"content": text, "add_special": add_special, "parse_special": parse_special}
         return self._ask("POST", "/tokenize", body)["tokens"]
+
+    def tokenize_all(self, texts: Iterable[str]) -> list[list[int]]:
+        """The token ids of each text by itself, nothing added and special tokens parsed, in one request.
+
+        Raises:
+            SRDError: llama.cpp cannot tokenize one of them.
+        """
+        # it takes ids between texts, and gives them back where they were
+        content = [part for text in texts for part in (text, _SEPARATOR)]
+        body = {"content": content, "add_special": False, "parse_special": True}
+        found: list[list[int]] = [[]]
+        for token in self._ask("POST", "/tokenize", body)["tokens"]:
+            if token == _SEPARATOR:
+                found.append([])
+            else:
+                found[-1].append(token)
+        return found[:-1]
 
     def complete(self, tokens: Sequence[int], count: int) -> list[int]:
         """The `count` likeliest next tokens, one after the other; fewer where the model ends its text.

@@ -16,7 +16,6 @@ There are no dates: the same input gives the same bytes.
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -174,6 +173,6 @@ def model_id(directory: Path) -> str:
     >>> model_id(Path("hub/models--HuggingFaceTB--SmolLM2-135M/snapshots/93efa2f"))
     'HuggingFaceTB/SmolLM2-135M'
     """
-    directory = Path(os.path.abspath(directory))  # `..` is no name, and a link has its own
+    directory = directory.resolve()
     cached = _SNAPSHOT.fullmatch(directory.parent.parent.name)
     return f"{cached[1]}/{cached[2]}" if cached and directory.parent.name == "snapshots" else directory.name

@@ -67,7 +67,7 @@ def measure_candidates(
             add(tensor, number, weight, prepared[1])
 
     visit_unchanged(model, samples, look, progress)
-    for place in {model.embedding, model.head}:
+    for place in dict.fromkeys((model.embedding, model.head)):  # one place if it serves as both
         for tensor, number, _ in model.places[place]:
             if tensor.name in names:
                 weight = tensor.pieces[number].read(model.weights).to(model.device, torch.float32)
@@ -76,14 +76,18 @@ def measure_candidates(
 
 
 def spend_on_types(
-    damages: Mapping[str, Mapping[GGMLType, float]], sizes: Mapping[str, Mapping[GGMLType, int]], max_bytes: int
+    damages: Mapping[str, Mapping[GGMLType, float]],
+    sizes: Mapping[str, Mapping[GGMLType, int]],
+    max_bytes: int,
+    rest: int = 0,
 ) -> tuple[dict[str, GGMLType], float]:
     """The types with the least damage in all, and that damage.
 
     Args:
         damages: of every candidate of every tensor.
         sizes: bytes of the same.
-        max_bytes: for all these tensors together.
+        max_bytes: for all tensors of the file together.
+        rest: bytes of those that have no candidates.
 
     Raises:
         ConfigError: even the smallest types take more.
@@ -92,8 +96,8 @@ def spend_on_types(
     names = list(damages)
     groups = [[Candidate(sizes[name][own], damages[name][own]) for own in damages[name]] for name in names]
     smallest = sum(min(candidate.bytes for candidate in group) for group in groups)
-    if smallest > max_bytes:
-        raise ConfigError(f"{max_bytes:,} bytes are too few, the smallest types take {smallest:,}")
-    spent = spend(groups, max_bytes=max_bytes)
+    if rest + smallest > max_bytes:
+        raise ConfigError(f"{max_bytes:,} bytes are too few, the smallest types take {rest + smallest:,}")
+    spent = spend(groups, max_bytes=max_bytes - rest)
     chosen = {name: list(damages[name])[choice] for name, choice in zip(names, spent.choices, strict=True)}
     return chosen, spent.damage

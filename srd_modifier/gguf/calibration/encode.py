@@ -113,7 +113,7 @@ def calibrate(
             for name, candidates in damages.items()
         }
         rest = sum(padded_bytes(Entry(t.name, t.shape, types[t.name])) for t in tensors if t.name not in damages)
-        best, _ = spend_on_types(damages, sizes, max_bytes - rest)
+        best, _ = spend_on_types(damages, sizes, max_bytes, rest)
         chosen |= best
     result = CalibratedTensors(chosen, sum(map(len, samples)), folder)
     encoder = _Encoder(model, damage, result)
@@ -154,6 +154,10 @@ class _Encoder:
                 target = _corrected(weight, moments, hessian)
             elif tensor.name in self.outside:
                 hessian = Hessian.prepare(self.damage.moment_outside(self.outside[tensor.name]))
+                target = weight
+            elif len(tensor.pieces) > 1:
+                # an expert that no token reached: all its inputs count alike
+                hessian = Hessian.prepare(torch.zeros(weight.shape[1], weight.shape[1], device=weight.device))
                 target = weight
             else:
                 return None

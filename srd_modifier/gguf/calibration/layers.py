@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from srd_modifier._extras import require
-from srd_modifier.errors import SRDError
+from srd_modifier.errors import CheckpointError, SRDError
 from srd_modifier.gguf.families import GGUFTensor
 from srd_modifier.gguf.families.settings import text_settings
 from srd_modifier.gguf.weights import ModelWeights
@@ -153,7 +153,7 @@ class LayeredModel:
     def read_head(self) -> Tensor:
         """The matrix that gives the logits, float32 `[vocabulary, hidden]`."""
         (occupant,) = self.places[self.head]
-        return occupant.tensor.pieces[0].read(self.weights).to(self.device, torch.float32)
+        return self._stored(occupant.tensor.pieces[0].source).to(self.device)
 
     @property
     def head(self) -> Place:
@@ -226,17 +226,24 @@ class LayeredModel:
         """A parameter, from the tensor of its name or from those of its experts."""
         disk_name = self._disk_name(name)
         if disk_name in self.weights:
-            return self.weights.tensor(disk_name).to(torch.float32, copy=True)
+            return self._stored(disk_name)
         values = torch.empty(parameter.shape)
         filled = 0
         for place, occupants in self.places.items():
             for tensor, number, index in occupants if place.parameter == name else ():
                 piece = tensor.pieces[number]
-                part = self.weights.tensor(piece.source)[piece.index]
-                values[index] = part.float()
+                part = self._stored(piece.source)[piece.index]
+                values[index] = part
                 filled += part.numel()
         if filled != values.numel():
             raise SRDError(f"{self.weights.directory}: {disk_name} is missing")
+        return values
+
+    def _stored(self, name: str) -> Tensor:
+        """A tensor of the disk in float32, which may be written to."""
+        values = self.weights.tensor(name).to(torch.float32, copy=True)
+        if not bool(torch.isfinite(values).all()):
+            raise CheckpointError(f"{self.weights.path_of(name)}: {name} has entries that are NaN or infinite")
         return values
 
     def _check_tokens(self, samples: Sequence[Sequence[int]]) -> None:

@@ -2,8 +2,8 @@
 
 The mean KL divergence that small errors cause is a quadratic form in them, whose matrix is the Fisher information: the
 second moment of the gradients of `-log p(y)` for labels y that are sampled from the model itself. Here the gradient
-goes back through one layer at a time, each computed once more from its saved input, so that never more than one layer
-is in memory.
+goes back through one layer at a time, each computed once more from its saved input. In memory are one layer, and what
+enters every layer: for the default of 8,192 tokens 32 kB per layer and hidden unit.
 """
 
 from collections.abc import Callable, Sequence
@@ -79,7 +79,7 @@ def measure_sensitivity(
             model.unload(layer)
         if not all(bool(torch.isfinite(states[-1]).all()) for states in hidden):
             raise SRDError(f"{model.weights.directory}: the model gives NaN or infinity")
-    gradients, logits, head_inputs = _at_the_head(model, [states.pop() for states in hidden], count, seed)
+    gradients, logits, head_inputs = _at_the_head(model, [states.pop() for states in hidden], seed)
     outputs: dict[Place, Tensor] = {}
     for number in reversed(range(model.layers)):
         report(2 * model.layers - 1 - number, 2 * model.layers)
@@ -114,9 +114,7 @@ def measure_sensitivity(
     )
 
 
-def _at_the_head(
-    model: LayeredModel, hidden: list[Tensor], count: int, seed: int
-) -> tuple[list[Tensor], Tensor, Tensor]:
+def _at_the_head(model: LayeredModel, hidden: list[Tensor], seed: int) -> tuple[list[Tensor], Tensor, Tensor]:
     """Gradients of the last layer's outputs, and sums over tokens: of `p (1 - p)`, and of `x x^T` for the head's x."""
     norm = model.load_norm()
     head = model.read_head()

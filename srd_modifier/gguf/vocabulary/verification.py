@@ -14,6 +14,7 @@ from srd_modifier.errors import MissingExtraError, SRDError
 from srd_modifier.gguf.llamacpp import LlamaCpp
 from srd_modifier.gguf.vocabulary.tokens import SPACE, added_tokens
 from srd_modifier.gguf.vocabulary.vocabulary import Vocabulary
+from srd_modifier.gguf.writer import open_writer
 
 _WIDTH = 32
 
@@ -78,16 +79,14 @@ def differences(description: dict[str, Any]) -> tuple[str, ...]:
 
 def first_difference(
     vocabulary: Vocabulary,
-    reference: Reference,
-    texts: Sequence[str],
+    expected: Sequence[tuple[str, list[int]]],
     around: Callable[[str], list[int]] | None = None,
 ) -> str | None:
     """How llama.cpp's ids with `vocabulary` differ from the expected ones; None if they do not.
 
     Args:
         vocabulary: What to try.
-        reference: The tokenizer.
-        texts: What to try it on.
+        expected: Texts and their ids, see `Reference.expected`.
         around: The tokenizer's ids of a text, with what belongs at its start and end; None leaves that out.
 
     Raises:
@@ -98,9 +97,8 @@ def first_difference(
         write_probe(path, vocabulary)
         try:
             with LlamaCpp(path, context=_WIDTH) as model:
-                for text in texts:
-                    text, ids = reference.expected(text)
-                    found = model.tokenize(text)
+                texts = [text for text, _ in expected]
+                for (text, ids), found in zip(expected, model.tokenize_all(texts), strict=True):
                     if found != ids:
                         return f"{text!r} is {_shown(ids)} in Transformers and {_shown(found)} in llama.cpp"
                 if around is not None and model.tokenize("a", add_special=True) != around("a"):
@@ -114,9 +112,7 @@ def first_difference(
 
 def write_probe(path: Path, vocabulary: Vocabulary) -> None:
     """Write a model of one layer, all zero, with a vocabulary: enough for llama.cpp to load and to tokenize."""
-    import gguf
-
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = open_writer(path, "llama")
     writer.add_block_count(1)
     writer.add_context_length(_WIDTH)
     writer.add_embedding_length(_WIDTH)

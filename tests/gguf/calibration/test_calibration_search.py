@@ -199,7 +199,7 @@ def test_one_huge_entry(ggml_type: GGMLType, value: float) -> None:
     weight = normal(3, 256)
     weight[1, 77] = value
     hessian = Hessian.prepare(moment(256))
-    found = quantize_calibrated(weight, ggml_type, hessian, QUICK)
+    found = quantize_calibrated(weight, ggml_type, hessian)
     assert_valid(found, ggml_type)
     assert (loss(weight, found, hessian) <= loss(weight, start(weight, ggml_type, hessian), hessian) * 1.0001).all()
     assert abs(float(found.dequantize()[1, 77]) / value - 1) < 0.1
@@ -211,7 +211,7 @@ def test_all_entries_huge(ggml_type: GGMLType) -> None:
     """Scales as large as halves can be: a refitted one must not become infinite."""
     weight = 6e4 * normal(4, 256).clamp(-1, 1)
     hessian = Hessian.prepare(moment(256))
-    found = quantize_calibrated(weight, ggml_type, hessian, QUICK)
+    found = quantize_calibrated(weight, ggml_type, hessian)
     assert_valid(found, ggml_type)
     assert (loss(weight, found, hessian) <= loss(weight, start(weight, ggml_type, hessian), hessian) * 1.0001).all()
 
