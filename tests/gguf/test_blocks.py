@@ -76,7 +76,8 @@ def assert_same(found: Blocks, expected: Blocks) -> None:
         if values is None:
             assert own is None, name
         else:
-            assert own.dtype == values.dtype and own.shape == values.shape, name
+            assert own.dtype == values.dtype, name
+            assert own.shape == values.shape, name
             # halves by their bits, which tell -0 from 0
             assert own.numpy().tobytes() == values.numpy().tobytes(), name
 

@@ -63,7 +63,7 @@ def measure_candidates(
         nonlocal prepared
         if tensor.name in names and moments is not None:
             if prepared is None or prepared[0] is not moments:
-                prepared = moments, Hessian.prepare(moments.second)
+                prepared = moments, moments.hessian()
             add(tensor, number, weight, prepared[1])
 
     visit_unchanged(model, samples, look, progress)

@@ -169,12 +169,13 @@ class _Encoder:
         np.save(path, pack(blocks, ggml_type).cpu().numpy())
         self.result.files[tensor.name, number] = path
         new = blocks.dequantize()
-        self.result.predicted += self.damage.of(tensor, number, new - weight, hessian)
+        if moments is not None or tensor.name in self.outside:
+            self.result.predicted += self.damage.of(tensor, number, new - weight, hessian)
         return new
 
     def _hessian(self, moments: Moments) -> Hessian:
         if self.prepared is None or self.prepared[0] is not moments:
-            self.prepared = moments, Hessian.prepare(moments.second)
+            self.prepared = moments, moments.hessian()
         return self.prepared[1]
 
     def _note_importance(self, tensor: GGUFTensor, number: int, moments: Moments | None) -> None:

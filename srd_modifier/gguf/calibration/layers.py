@@ -247,8 +247,8 @@ class LayeredModel:
         return values
 
     def _check_tokens(self, samples: Sequence[Sequence[int]]) -> None:
-        if not samples:
-            raise SRDError("there are no samples to calibrate on")
+        if not samples or not all(samples):
+            raise SRDError("there are no samples to calibrate on, or empty ones")
         rows, largest = self.settings.vocab_size, max(max(sample) for sample in samples)
         if largest >= rows:
             raise SRDError(

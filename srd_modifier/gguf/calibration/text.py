@@ -67,6 +67,9 @@ def read_samples(calibration: Calibration, directory: Path) -> tuple[list[list[i
         given = [list(sample) for sample in calibration.samples if len(sample) > 1]
         if not given:
             raise SRDError(f"{calibration.source}: there is no text to calibrate on")
+        least = min(map(min, given))
+        if least < 0:
+            raise SRDError(f"{calibration.source}: {least} is no token id")
         return given, _described(calibration.source, given)
     settings = {
         "num_samples": calibration.num_samples,

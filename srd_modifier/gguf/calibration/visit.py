@@ -21,6 +21,13 @@ from torch import Tensor, nn
 from srd_modifier.errors import SRDError
 from srd_modifier.gguf.calibration.layers import Call, LayeredModel, Occupant, Place
 from srd_modifier.gguf.families import GGUFTensor
+from srd_modifier.residual.hessian import DAMPING, SHRINKAGE, Hessian
+
+PRIOR = 1 / 3
+"""Tokens per input column for which it is taken that inputs do not go together, beside those that were seen. Where
+there are few tokens for many columns, as for rare experts and in down projections, feedback would else follow what
+these few happen to have in common: on tiny-llama, 2,048 tokens of other text give 17 % less divergence for it, and
+16,384 tokens 2 % less."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +45,11 @@ class Moments:
     cross: Tensor | None
     original_squares: Tensor
     tokens: int
+
+    def hessian(self) -> Hessian:
+        """The second moment, prepared for rounding; see `PRIOR`."""
+        prior = PRIOR * len(self.second) / self.tokens / 2
+        return Hessian.prepare(self.second, shrinkage=SHRINKAGE + prior, damping=DAMPING + prior)
 
 
 Replace = Callable[[GGUFTensor, int, Tensor, Moments | None], Tensor | None]
@@ -141,14 +153,14 @@ class _Sum:
     mean: Moments | None = None
 
     def moments(self) -> Moments:
-        """The means, one object for all matrices that share them."""
+        """The means, one object for all matrices that share them; in the place of the sums, which are done with."""
         if self.mean is None:
-            second = self.second / self.tokens
+            second = self.second.div_(self.tokens)
             if self.cross is None:
                 self.mean = Moments(second, None, second.diagonal(), self.tokens)
             else:
-                squares = self.original_squares / self.tokens
-                self.mean = Moments(second, self.cross / self.tokens, squares, self.tokens)
+                squares = self.original_squares.div_(self.tokens)
+                self.mean = Moments(second, self.cross.div_(self.tokens), squares, self.tokens)
         return self.mean
 
 
@@ -189,8 +201,10 @@ def _run_original(model: LayeredModel, layer: nn.Module, number: int, batch: _Ba
         # experts choose their tokens, so that the two models do not see the same ones
         if outputs is None and place.expert is None:
             # bfloat16 for all tokens at once: its rounding averages out in the sums
-            found[place] = halves.setdefault(id(inputs), inputs.bfloat16())
-            kept.append(inputs)
+            if id(inputs) not in halves:
+                halves[id(inputs)] = inputs.bfloat16()
+                kept.append(inputs)
+            found[place] = halves[id(inputs)]
 
     kept: list[Tensor] = []  # or the id of an input that is gone could be another's
     with model.watch(model.path(number), layer, seen):

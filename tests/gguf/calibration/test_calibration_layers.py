@@ -76,9 +76,7 @@ def empty(module: nn.Module) -> list[bool]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_layer_by_layer_is_the_whole_model(
-    name: str, layered: Layered, whole: Whole, samples: list[list[int]]
-) -> None:
+def test_layer_by_layer_is_the_whole_model(name: str, layered: Layered, whole: Whole, samples: list[list[int]]) -> None:
     assert_computes_the_same(layered(name), whole(name), samples)
 
 
@@ -88,10 +86,10 @@ def test_a_text_model_that_is_a_part_of_another(tmp_path: Path, samples: list[li
     plain = run(layered(directory), samples)
     rewrite(
         directory,
-        lambda tensors: {
-            name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()
-        }
-        | {"model.vision_tower.patch.weight": torch.ones(2)},
+        lambda tensors: (
+            {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
+            | {"model.vision_tower.patch.weight": torch.ones(2)}
+        ),
     )
     path = directory / "config.json"
     config = json.loads(path.read_text())
@@ -234,9 +232,7 @@ def watched(model: LayeredModel, number: int, entrance: layers.Entrance) -> tupl
 
 
 @pytest.mark.parametrize("name", ["llama-biases", "qwen3", "gemma3", "gemma4-moe"])
-def test_linears_are_seen_with_inputs_and_outputs(
-    name: str, layered: Layered, samples: list[list[int]]
-) -> None:
+def test_linears_are_seen_with_inputs_and_outputs(name: str, layered: Layered, samples: list[list[int]]) -> None:
     model = layered(name)
     with torch.no_grad():
         entrance = model.enter(samples)[0]

@@ -58,7 +58,7 @@ def assert_valid(blocks: Blocks, ggml_type: GGMLType) -> None:
 
 
 @each_type
-@pytest.mark.parametrize("columns", [256, 512, 768])
+@pytest.mark.parametrize("columns", [256, 512])
 def test_loses_much_less_than_ggml(ggml_type: GGMLType, columns: int) -> None:
     weight, hessian = normal(16, columns), Hessian.prepare(moment(columns, mean=1.0))
     found = quantize_calibrated(weight, ggml_type, hessian)
@@ -101,7 +101,7 @@ MOMENTS: dict[str, Callable[[int, int], Tensor]] = {
 }
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     ggml_type=st.sampled_from(TYPES),
     weight=st.sampled_from(list(WEIGHTS)),
@@ -124,7 +124,7 @@ def test_never_loses_more_than_what_it_began_with(
 
 @each_type
 def test_a_longer_schedule_loses_less(ggml_type: GGMLType) -> None:
-    weight, hessian = normal(24, 512, seed=4), Hessian.prepare(moment(512, seed=4, mean=2.0))
+    weight, hessian = normal(24, 256, seed=4), Hessian.prepare(moment(256, seed=4, mean=2.0))
     quick = loss(weight, quantize_calibrated(weight, ggml_type, hessian, QUICK), hessian)
     thorough = loss(weight, quantize_calibrated(weight, ggml_type, hessian, THOROUGH), hessian)
     assert (thorough <= quick * (1 + 1e-4)).all()
@@ -170,7 +170,8 @@ def test_rows_of_zeros_stay_zeros(ggml_type: GGMLType) -> None:
     found = quantize_calibrated(weight, ggml_type, Hessian.prepare(moment(256)), QUICK)
     assert_valid(found, ggml_type)
     assert not found.dequantize()[1].any()
-    assert found.dequantize()[0].any() and found.dequantize()[2].any()
+    assert found.dequantize()[0].any()
+    assert found.dequantize()[2].any()
 
 
 @each_type
@@ -235,7 +236,8 @@ def test_weights_far_from_zero(ggml_type: GGMLType, offset: float) -> None:
     assert (loss(weight, found, hessian) < loss(weight, start(weight, ggml_type, hessian), hessian)).all()
     if found.min_codes is not None:
         assert found.min is not None
-        assert (found.min >= 0).all() and (found.min_codes >= 0).all()
+        assert (found.min >= 0).all()
+        assert (found.min_codes >= 0).all()
         assert found.min_codes.any() or offset > 0
 
 

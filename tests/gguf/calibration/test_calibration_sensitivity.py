@@ -104,7 +104,9 @@ def expected_of_experts(found: Reference) -> dict[Place, Tensor]:
             gate, up = gate_up.chunk(2, dim=-1)
             down = functional.linear(experts.act_fn(gate) * up, experts.down_proj[expert])
             given = (down * shares[tokens, choice, None] * gradient[tokens]).sum()
-            for part, own in zip(("gate_up_proj", "down_proj"), torch.autograd.grad(given, [gate_up, down]), strict=True):
+            for part, own in zip(
+                ("gate_up_proj", "down_proj"), torch.autograd.grad(given, [gate_up, down]), strict=True
+            ):
                 place = Place(f"{name}.{part}", expert)
                 sums[place] = sums.get(place, torch.zeros(())) + own.square().sum(0)
     return sums
@@ -140,9 +142,7 @@ def test_the_embedding_is_what_is_looked_up(
 
 
 @pytest.mark.parametrize("name", ["qwen3moe", "gemma4-moe"])
-def test_every_expert_that_tokens_reach(
-    name: str, layered: Layered, whole: Whole, samples: list[list[int]]
-) -> None:
+def test_every_expert_that_tokens_reach(name: str, layered: Layered, whole: Whole, samples: list[list[int]]) -> None:
     model = layered(name)
     found = measure_sensitivity(model, samples, seed=1)
     through = reference(whole(name), samples, seed=1)

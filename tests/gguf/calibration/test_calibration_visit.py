@@ -1,4 +1,4 @@
-"""What every matrix is given, against hooks on the whole model: as it is, and with the weights that replaced its own."""
+"""What every matrix is given, against hooks on the whole model: as it is, and with weights that replaced its own."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -134,7 +134,9 @@ def test_experts_come_after_their_router(layered: Layered, samples: list[list[in
     layer = [(visit.tensor.name, visit.number) for visit in visitor.visits if visit.tensor.name.startswith("blk.1.ffn")]
     assert layer[0] == ("blk.1.ffn_gate_inp.weight", 0)
     first = layer[1:13]
-    assert sorted(first) == [(f"blk.1.ffn_{kind}_exps.weight", expert) for kind in ("gate", "up") for expert in range(6)]
+    assert sorted(first) == [
+        (f"blk.1.ffn_{kind}_exps.weight", expert) for kind in ("gate", "up") for expert in range(6)
+    ]
     assert layer[13:] == [("blk.1.ffn_down_exps.weight", expert) for expert in range(6)]
 
 
@@ -152,9 +154,7 @@ def test_every_matrix_is_visited_once(name: str, layered: Layered, samples: list
 
 @pytest.mark.parametrize("name", ["llama3", "qwen3moe", "gemma4-e2b"])
 @pytest.mark.parametrize("go", [visit_in_order, visit_unchanged])
-def test_weights_are_in_the_order_of_the_file(
-    name: str, go: Any, layered: Layered, samples: list[list[int]]
-) -> None:
+def test_weights_are_in_the_order_of_the_file(name: str, go: Any, layered: Layered, samples: list[list[int]]) -> None:
     model, visitor = layered(name), Visitor()
     go(model, samples, visitor)
     for own in visitor.visits:
@@ -246,7 +246,8 @@ def test_matrices_with_the_same_input_share_its_moments(layered: Layered, sample
     assert moments["attn_q"] is moments["attn_k"] is moments["attn_v"]
     gate, up, output = (visitor.of(f"blk.2.{name}.weight")[0].moments for name in ("ffn_gate", "ffn_up", "attn_output"))
     assert gate is up
-    assert gate is not moments["attn_q"] and gate is not output
+    assert gate is not moments["attn_q"]
+    assert gate is not output
 
 
 def test_experts_that_no_token_reaches_have_no_inputs(layered: Layered, whole: Whole) -> None:
@@ -304,7 +305,8 @@ def test_replaced_rows_go_back_to_where_they_came_from(
         if not tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
             return None
         rows = tensor.pieces[0].rows
-        assert rows is not None and rows.tolist() != list(range(len(rows)))
+        assert rows is not None
+        assert rows.tolist() != list(range(len(rows)))
         return weight * (rows % 5).unsqueeze(1)
 
     visitor = Visitor(fade)
@@ -321,9 +323,7 @@ def test_replaced_rows_go_back_to_where_they_came_from(
 
 
 @pytest.mark.parametrize("kind", ["attn_q", "attn_output", "ffn_down_exps", "token_embd"])
-def test_replacing_with_zeros_changes_what_comes_after(
-    kind: str, layered: Layered, samples: list[list[int]]
-) -> None:
+def test_replacing_with_zeros_changes_what_comes_after(kind: str, layered: Layered, samples: list[list[int]]) -> None:
     def clear(tensor: GGUFTensor, weight: Tensor) -> Tensor | None:
         return torch.zeros_like(weight) if kind in tensor.name else None
 
@@ -331,7 +331,8 @@ def test_replacing_with_zeros_changes_what_comes_after(
     visit_in_order(layered("qwen3moe"), samples, left)
     visit_in_order(layered("qwen3moe"), samples, cleared)
     before, after = left.of("output.weight")[0].moments, cleared.of("output.weight")[0].moments
-    assert before is not None and after is not None
+    assert before is not None
+    assert after is not None
     assert not torch.allclose(before.second, after.second, rtol=0.01)
     assert torch.equal(before.original_squares, after.original_squares)  # of the original model all the same
 
@@ -379,9 +380,7 @@ def test_a_token_that_the_model_does_not_know(go: Any, layered: Layered) -> None
 
 
 @pytest.mark.parametrize("go", [visit_in_order, visit_unchanged])
-def test_a_model_that_gives_infinity(
-    go: Any, layered: Layered, samples: list[list[int]], tmp_path: Path
-) -> None:
+def test_a_model_that_gives_infinity(go: Any, layered: Layered, samples: list[list[int]], tmp_path: Path) -> None:
     directory = write_model("llama3", tmp_path / "broken")
     rewrite(directory, lambda tensors: tensors | {"model.layers.1.mlp.up_proj.weight": torch.full((96, 64), 3e38)})
     with pytest.raises(SRDError, match="broken: the model gives NaN or infinity in layer 1"):
