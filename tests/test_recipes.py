@@ -19,6 +19,8 @@ from srd_modifier.checkpoint.sensitivity import read_sensitivity
 from srd_modifier.checkpoint.sidecar import Sidecar
 from srd_modifier.checkpoint.sizes import measure
 from srd_modifier.errors import RecipeError
+from srd_modifier.evaluation.gguf import build_model
+from srd_modifier.gguf.reader import GGUFFile
 from srd_modifier.modifier.candidates import DEFAULT_CANDIDATES
 from srd_modifier.quantizing import quantize
 from srd_modifier.residual import ResidualFormat
@@ -49,6 +51,7 @@ class Promise:
         layer_alphas: alpha of patterns that differ.
         bits: per weight, of the budget.
         feedback: whether the base is rounded with feedback, which llm-compressor alone does not.
+        gguf: the type of a GGUF file in the same directory, if there is one.
     """
 
     corrected: set[str] | None
@@ -60,6 +63,7 @@ class Promise:
     layer_alphas: dict[str, float] = field(default_factory=dict)
     bits: float | None = None
     feedback: bool = False
+    gguf: str | None = None
 
 
 PROMISES = {
@@ -81,6 +85,7 @@ PROMISES = {
         layer_alphas={"re:.*o_proj$": 0.5},
     ),
     "srd_budget": Promise(None, share=0.5, bits=5.5, feedback=True),
+    "srd_gguf": Promise(EVERYTHING, gguf="Q4_K_M"),
     "srd_small": Promise(None, share=0.8, bits=4.8, feedback=True, group=64),
 }
 BUDGETS = [name for name, promise in PROMISES.items() if promise.bits is not None]
@@ -268,6 +273,24 @@ def test_datafree_turns_the_output_projections_down_to_half(run):
     for module in EVERYTHING:
         alpha = 0.5 if module.endswith("o_proj") else 1.0
         assert torch.equal(weights[f"{module}.weight"], sidecar.correct(module, alpha))
+
+
+@every_recipe
+def test_the_gguf_file_is_the_one_of_the_recipe(run, model, name):
+    promise, output = PROMISES[name], run(name)
+    if promise.gguf is None:
+        assert list(output.rglob("*.gguf")) == []
+        return
+    (path,) = output.glob("*.gguf")
+    assert path.name == f"{model.name}-{promise.gguf}.gguf"
+    metadata = GGUFFile(path).metadata
+    assert (metadata["srd.mixture"], metadata["srd.method"]) == (promise.gguf, "output-error")
+    assert metadata["srd.calibration.tokens"] == str(8 * 64)
+    lost = divergence(model, load_corrected(output, alpha=0.0, dtype=torch.float32))
+    assert divergence(model, build_model(GGUFFile(path), torch.float32)) < lost
+    # W4A16 and its residual are the same with it and without
+    for file in ("model.safetensors", "srd/residual-00001-of-00001.safetensors"):
+        assert (output / file).read_bytes() == (run("srd_gptq") / file).read_bytes()
 
 
 def test_the_saved_recipe_gives_the_same_checkpoint(run, model, tmp_path):

@@ -1,7 +1,6 @@
 """`srd export`: a checkpoint in another form."""
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -125,8 +124,6 @@ def gguf(
 
     if no_importance and (imatrix or imatrix_out):
         raise typer.BadParameter("give either --no-importance or an imatrix, not both", param_hint="--no-importance")
-    if not sys.stderr.isatty():
-        hide_bars()
     with _progress() as report:
         summary = export_gguf(
             model,

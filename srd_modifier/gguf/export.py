@@ -94,14 +94,13 @@ def export_gguf(
     adapter = None if lora_rank is None else output.with_name(f"{output.stem}-lora.gguf")
     for path in (output, imatrix_output, adapter):
         if path is not None:
-            refuse_existing_file(path, overwrite=overwrite)
+            _prepare(path, overwrite=overwrite)
     if imatrix_output is not None and calibration is None and not plan.importance:
         raise SRDError(f"there is no importance to write to {imatrix_output}: this export uses none")
     tokens = 1
     if calibration is None:
         summary = write_plan(plan, output, overwrite=overwrite)
     else:
-        output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".srd-gguf-", dir=output.parent) as folder:
             plan, tensors = _calibrate(plan, calibration, budget, fixed, Path(folder), report)
             tokens = tensors.tokens
@@ -113,6 +112,15 @@ def export_gguf(
     if lora_rank is not None and adapter is not None:
         export_adapter(plan, output, adapter, rank=lora_rank, overwrite=overwrite)
     return summary
+
+
+def _prepare(path: Path, *, overwrite: bool) -> None:
+    """Make sure, before hours of work, that there can be such a file."""
+    refuse_existing_file(path, overwrite=overwrite)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SRDError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _check_options(
@@ -188,7 +196,8 @@ def _calibrate(
         report=report,
     )
     if budget is not None:
-        chosen = {name: own for name, own in tensors.types.items() if own is not plan.types[name]}
+        # a type that was chosen is none to fall back to, even where it is the one of the rule
+        chosen = {name: own for name, own in tensors.types.items() if own in LAYOUTS and name not in fixed}
         plan = replace(
             plan,
             types=tensors.types,

@@ -10,6 +10,7 @@ version, so that another layout or another rounding is an error here and not a b
 import ctypes
 import math
 import os
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from functools import cache, cached_property
@@ -131,23 +132,26 @@ def quantize(
     importance = None if importance is None else _checked_importance(importance.detach(), columns)
     out = np.empty((rows, ggml_type.row_bytes(columns)), np.uint8)
     library = _library()  # before the threads start, which would each load it
-
-    def fill(start: int) -> None:
-        part = slice(start, start + block_rows)
-        _quantize_rows(library, weight[part], ggml_type, importance, out[part])
-
     block_rows = max(1, _BLOCK_WEIGHTS // columns)
-    starts = range(0, rows, block_rows)
-    threads = min(threads or _processors(), len(starts))
-    if threads == 1:
-        for start in starts:
-            fill(start)
-    else:
+    blocks = deque(slice(start, start + block_rows) for start in range(0, rows, block_rows))
+
+    def work() -> None:
+        values = torch.empty(min(block_rows, rows), columns)  # again and again: new memory would be slower
+        while True:
+            try:
+                block = blocks.popleft()
+            except IndexError:  # all are taken
+                return
+            part = weight[block]
+            _quantize_rows(library, values[: len(part)].copy_(part), ggml_type, importance, out[block])
+
+    threads = min(threads or _processors(), len(blocks))
+    with ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="srd-ggml") as pool:
         # ctypes releases the interpreter's lock during the call
-        with ThreadPoolExecutor(threads, thread_name_prefix="srd-ggml") as pool:
-            # going through the results raises what a block raised, and drops the blocks not yet begun
-            for _ in pool.map(fill, starts):
-                pass
+        others = [pool.submit(work) for _ in range(threads - 1)]
+        work()
+        for other in others:
+            other.result()
     return out
 
 
@@ -202,8 +206,7 @@ def _checked_data(data: NDArray[np.uint8], ggml_type: GGMLType) -> NDArray[np.ui
 def _quantize_rows(
     library: ctypes.CDLL, weight: Tensor, ggml_type: GGMLType, importance: Tensor | None, out: NDArray[np.uint8]
 ) -> None:
-    """Quantize `weight` `[rows, in]` into `out` uint8 `[rows, row_bytes]`, which is contiguous."""
-    weight = weight.to("cpu", torch.float32).contiguous()
+    """Quantize `weight` float32 `[rows, in]` into `out` uint8 `[rows, row_bytes]`, both contiguous."""
     low, high = (float(extreme) for extreme in torch.aminmax(weight))  # NaN if any entry is
     largest = max(-low, high)
     if not math.isfinite(low + high):

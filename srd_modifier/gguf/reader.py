@@ -1,16 +1,18 @@
-"""A GGUF file, read by `gguf`: its metadata, its tensors dequantized, and what they cost."""
+"""A GGUF file: its metadata, its tensors dequantized by `gguf`, and what they cost."""
 
 import math
+import mmap
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from srd_modifier._extras import require
 from srd_modifier.checkpoint.sizes import CheckpointSize
 from srd_modifier.errors import CheckpointError
+from srd_modifier.gguf.header import DamageError, StoredTensor, read_header
 
 
 class GGUFFile:
@@ -20,7 +22,7 @@ class GGUFFile:
         path: The file.
         architecture: llama.cpp's name of the model's architecture.
         metadata: Every key and its value.
-        tensors: gguf's description of every tensor, by name.
+        tensors: Where every tensor is and of which type and shape, by name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,13 +35,18 @@ class GGUFFile:
         require("gguf", extra="gguf")
         self.path = path
         try:
-            reader = import_module("gguf").GGUFReader(path)
-            self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
+            with path.open("rb") as file:
+                if not file.seek(0, 2):
+                    raise DamageError("it is empty")
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.metadata, tensors = read_header(self._map)
         except FileNotFoundError:
             raise CheckpointError(f"{path}: there is no such file") from None
-        except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
-            raise CheckpointError(f"{path} is not a whole GGUF file: {error}") from error
-        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+        except DamageError as error:
+            raise CheckpointError(f"{path} is not a whole GGUF file: {error}") from None
+        self.tensors: dict[str, StoredTensor] = {tensor.name: tensor for tensor in tensors}
         self.architecture = str(self.metadata.get("general.architecture", ""))
         kind = self.metadata.get("general.type", "model")
         if kind != "model" or not self.architecture:
@@ -55,8 +62,10 @@ class GGUFFile:
             CheckpointError: gguf does not know its type.
         """
         stored = self.tensors[name]
+        data = np.frombuffer(self._map, np.uint8, stored.n_bytes, stored.start)
+        rows = data.reshape(*reversed(stored.shape[1:]), stored.row_bytes)
         try:
-            values = import_module("gguf").quants.dequantize(stored.data, stored.tensor_type)
+            values = import_module("gguf").quants.dequantize(rows, stored.tensor_type)
         except NotImplementedError as error:
             raise CheckpointError(
                 f"{self.path}: {name} is of type {stored.tensor_type.name}, which gguf cannot read back"
@@ -79,11 +88,11 @@ class GGUFFile:
             for name, tensor in self.tensors.items()
             if name.startswith("blk.") and len(tensor.shape) >= 2 and ".ffn_gate_inp" not in name
         ]
-        weights = sum(int(tensor.n_elements) for tensor in matrices)
-        size = sum(int(tensor.n_bytes) for tensor in matrices)
+        weights = sum(tensor.n_elements for tensor in matrices)
+        size = sum(tensor.n_bytes for tensor in matrices)
         return CheckpointSize(
             bytes_on_disk=self.path.stat().st_size,
             bits_per_weight=8 * size / weights if weights else math.nan,
             quantized_weights=weights,
-            total_weights=sum(int(tensor.n_elements) for tensor in self.tensors.values()),
+            total_weights=sum(tensor.n_elements for tensor in self.tensors.values()),
         )

@@ -1,4 +1,4 @@
-"""GGUF files, written tensor by tensor: nothing but the tensor at hand is in memory.
+"""GGUF files, written tensor by tensor: nothing but the tensors at hand is in memory.
 
 The file appears whole or not at all, under a temporary name beside the target until then. The same input gives the
 same bytes.
@@ -7,7 +7,9 @@ same bytes.
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -23,6 +25,8 @@ from srd_modifier.errors import SRDError
 from srd_modifier.gguf.ggml import GGMLType
 
 _ALIGNMENT = 32  # of every tensor's data, the format's default
+# How many tensors are being made while one is written. Two, so that one's threads have work where the other's wait.
+_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ def write_gguf(
         architecture: gguf's name for it, the value of `general.architecture`.
         add_metadata: adds everything else to a `gguf.GGUFWriter`.
         entries: the tensors, in their order in the file.
-        data: the bytes of a tensor, in as many pieces as is convenient; asked once for each, in order.
+        data: the bytes of a tensor, in as many pieces as is convenient. It is called once for each, in order, and what
+            it gives is gone through by other threads, for up to two tensors at a time.
         overwrite: replace an existing file.
 
     Raises:
@@ -87,9 +92,10 @@ def write_gguf(
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         stream = _write_head(writer, temporary)
-        for entry in entries:
-            _write_tensor(stream, entry, data(entry))
-            writer.write_padding(stream, entry.nbytes)
+        with ThreadPoolExecutor(_AHEAD, thread_name_prefix="srd-gguf") as pool:
+            for entry, parts in _made_ahead(entries, data, pool):
+                _write_tensor(stream, entry, parts)
+                writer.write_padding(stream, entry.nbytes)
         stream.flush()
         os.fsync(stream.fileno())
         writer.close()
@@ -131,10 +137,10 @@ def open_writer(path: Path | None, architecture: str) -> Any:
 def _writer_class() -> Any:
     import gguf
 
-    class Writer(gguf.GGUFWriter):  # type: ignore[misc]  # gguf has no types
+    class Writer(gguf.GGUFWriter):
         def _pack_val(self, val: Any, vtype: Any, add_vtype: bool, sub_type: Any = None) -> bytes:
-            array = vtype is gguf.GGUFValueType.ARRAY and sub_type is None and self.endianess is gguf.GGUFEndian.LITTLE
-            packed = _packed(val) if array else None
+            plain = sub_type is None and self.endianess is gguf.GGUFEndian.LITTLE
+            packed = _packed(val) if plain and vtype is gguf.GGUFValueType.ARRAY else None
             if packed is None:
                 return bytes(super()._pack_val(val, vtype, add_vtype, sub_type))
             kind = struct.pack("<I", vtype) if add_vtype else b""
@@ -145,7 +151,7 @@ def _writer_class() -> Any:
 
 def _packed(values: Sequence[Any]) -> bytes | None:
     """The entries of an array, which are all of one type; None for what gguf packs itself."""
-    kinds = set(map(type, values))
+    kinds = set(map(type, values)) if isinstance(values, list | tuple) else set()
     kind = kinds.pop() if len(kinds) == 1 else None
     if kind is str:
         texts = [text.encode() for text in values]
@@ -175,6 +181,20 @@ def _write_head(writer: Any, path: Path) -> Any:
     stream = writer.fout[0]
     writer.write_padding(stream, stream.tell())
     return stream
+
+
+def _made_ahead(
+    entries: Sequence[Entry], data: Callable[[Entry], Iterable[NDArray[np.uint8]]], pool: Executor
+) -> Iterator[tuple[Entry, list[NDArray[np.uint8]]]]:
+    """Every tensor and its data, in order, while that of the next ones is being made."""
+    pending: deque[tuple[Entry, Future[list[NDArray[np.uint8]]]]] = deque()
+    for entry in entries:
+        pending.append((entry, pool.submit(list, data(entry))))
+        if len(pending) > _AHEAD:
+            first, made = pending.popleft()
+            yield first, made.result()
+    for last, made in pending:
+        yield last, made.result()
 
 
 def _write_tensor(stream: Any, entry: Entry, parts: Iterable[NDArray[np.uint8]]) -> None:

@@ -25,7 +25,7 @@ from small_models import (
 from torch import Tensor
 
 from srd_modifier.errors import CheckpointError, SRDError
-from srd_modifier.gguf import export, families
+from srd_modifier.gguf import families, plan
 from srd_modifier.gguf.export import export_gguf
 from srd_modifier.gguf.families import FAMILIES, Family, family_of
 from srd_modifier.gguf.families.base import Part
@@ -117,7 +117,7 @@ def test_the_comparison_notices_what_is_left_out(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(export, "family_of", lambda config, where: change(family_of(config, where)))
+    monkeypatch.setattr(plan, "family_of", lambda config, where: change(family_of(config, where)))
     expected = torch_log_probabilities(load(small_model(name)), PROMPT)
     assert llama_cpp_error(small_model(name), tmp_path / "model.gguf", expected) > 3 * tolerance(name)
 

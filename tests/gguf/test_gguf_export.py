@@ -354,11 +354,17 @@ def test_importance_that_is_not_there_cannot_be_written(tiny_llama: Path, tmp_pa
 
 
 @pytest.mark.parametrize("option", ["output", "imatrix_output"])
-def test_an_existing_file_is_refused_before_anything_is_read(option: str, tmp_path: Path) -> None:
+def test_an_existing_file_is_refused_before_a_weight_is_read(
+    option: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(weights: ModelWeights, name: str) -> torch.Tensor:
+        pytest.fail(f"read {name}")
+
+    monkeypatch.setattr(ModelWeights, "tensor", read)
     (tmp_path / "there.gguf").touch()
     options = {"output": tmp_path / "model.gguf", option: tmp_path / "there.gguf"}
     with pytest.raises(SRDError, match="already exists"):
-        export_gguf(tmp_path / "nowhere", **options)
+        export_gguf(tiny_llama, **options)
 
 
 @pytest.mark.slow

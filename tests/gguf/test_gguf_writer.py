@@ -1,5 +1,7 @@
 import errno
 import os
+import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from srd_modifier.errors import SRDError
+from srd_modifier.gguf import writer
 from srd_modifier.gguf.ggml import GGMLType, quantize
-from srd_modifier.gguf.writer import Entry, refuse_existing_file, write_gguf
+from srd_modifier.gguf.writer import Entry, open_writer, refuse_existing_file, write_gguf
 
 ENTRIES = (
     Entry("token_embd.weight", (5, 256), GGMLType.Q6_K),
@@ -68,28 +71,94 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_gguf_itself_writes_the_same_bytes(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "theirs.gguf", "llama")
-    add_metadata(writer)
+    theirs = gguf.GGUFWriter(tmp_path / "theirs.gguf", "llama")
+    add_metadata(theirs)
     for entry in ENTRIES:
         blocks = np.concatenate(list(data(entry))).reshape(*entry.shape[:-1], -1)
-        writer.add_tensor(entry.name, blocks, raw_dtype=entry.ggml_type.in_gguf())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        theirs.add_tensor(entry.name, blocks, raw_dtype=entry.ggml_type.in_gguf())
+    theirs.write_header_to_file()
+    theirs.write_kv_data_to_file()
+    theirs.write_tensors_to_file()
+    theirs.close()
     assert write(tmp_path / "ours.gguf").read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
 
 
-def test_data_is_asked_for_one_tensor_at_a_time(tmp_path: Path) -> None:
-    order = []
+ARRAYS = {
+    "texts": ["a", "", "\u00fc", "\u2581\U0001f600"],
+    "tuple of texts": ("a", "b"),
+    "numbers": [1, -2, 2**31 - 1],
+    "members": (gguf.TokenType.NORMAL, gguf.TokenType.CONTROL),
+    "floats": [0.1, -1e30, float("-inf")],
+    "bools": [True, False],
+    "bytes": b"\x00\xff",
+    "bytes objects": [b"a", b"\xff"],
+    "arrays": [[1, 2], [3]],
+    "subclasses": [np.float64(0.5), 0.25],
+}
+
+
+def head(writer: Any) -> bytes:
+    writer.add_uint32("a number", 7)
+    writer.add_string("a text", "\u00fc")
+    for name, values in ARRAYS.items():
+        writer.add_array(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return Path(writer.path).read_bytes()
+
+
+def test_arrays_are_packed_as_gguf_packs_them(tmp_path: Path) -> None:
+    theirs = gguf.GGUFWriter(tmp_path / "theirs.gguf", "llama")
+    assert head(open_writer(tmp_path / "ours.gguf", "llama")) == head(theirs)
+
+
+@pytest.mark.parametrize("values", [["a"], [1], [gguf.TokenType.NORMAL], [0.5]], ids=str)
+def test_long_arrays_are_packed_at_once(values: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    pack = gguf.GGUFWriter._pack_val
+    monkeypatch.setattr(gguf.GGUFWriter, "_pack_val", lambda *args, **named: calls.append(args) or pack(*args, **named))
+    made = open_writer(tmp_path / "model.gguf", "llama")
+    made.add_array("a", values * 1000)
+    made.write_header_to_file()
+    made.write_kv_data_to_file()
+    made.close()
+    assert len(calls) < 10
+
+
+@pytest.mark.parametrize(("values", "error"), [([2**31], struct.error), ([1, "a"], ValueError)], ids=str)
+def test_what_gguf_refuses_is_refused(values: list[Any], error: type[Exception], tmp_path: Path) -> None:
+    made = open_writer(tmp_path / "model.gguf", "llama")
+    made.add_array("a", values)
+    made.write_header_to_file()
+    with pytest.raises(error):
+        made.write_kv_data_to_file()
+    made.close()
+
+
+def test_a_few_tensors_are_made_while_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [Entry(f"blk.{number}.attn_norm.weight", (8,), GGMLType.F32) for number in range(9)]
+    begun: list[str] = []
+    waiting = []
 
     def noted(entry: Entry) -> Iterator[NDArray[np.uint8]]:
-        order.append(f"begin {entry.name}")
-        yield from data(entry)
-        order.append(f"end {entry.name}")
+        begun.append(entry.name)
+        yield quantize(weight(entry).reshape(1, -1), entry.ggml_type)
 
-    write_gguf(tmp_path / "model.gguf", "llama", add_metadata, ENTRIES, noted)
-    assert order == [f"{moment} {entry.name}" for entry in ENTRIES for moment in ("begin", "end")]
+    def watched(stream: Any, entry: Entry, parts: list[NDArray[np.uint8]]) -> None:
+        time.sleep(0.05)  # long enough for all that may begin to do so
+        waiting.append(len(begun) - entries.index(entry))
+        write_tensor(stream, entry, parts)
+
+    write_tensor = writer._write_tensor
+    monkeypatch.setattr(writer, "_write_tensor", watched)
+    write_gguf(tmp_path / "model.gguf", "llama", add_metadata, entries, noted)
+    assert sorted(begun) == [entry.name for entry in entries]
+    assert max(waiting) == 3  # this one and two more
+    found = gguf.GGUFReader(tmp_path / "model.gguf").tensors
+    assert [tensor.name for tensor in found] == [entry.name for entry in entries]
+    for tensor, entry in zip(found, entries, strict=True):
+        assert tensor.data.tolist() == weight(entry).tolist()
 
 
 def test_directories_are_made(tmp_path: Path) -> None:

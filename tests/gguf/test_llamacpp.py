@@ -69,6 +69,14 @@ def test_text_becomes_tokens(alphabet: Path) -> None:
         assert model.tokenize("") == []
 
 
+def test_many_texts_are_tokenized_one_by_one(alphabet: Path) -> None:
+    texts = ["abba", "", "a", "b", "c<eos>d", ""]
+    with LlamaCpp(alphabet) as model:
+        assert model.tokenize_all(texts) == [[10, 3, 2], [], [2], [3], [4, 1, 5], []]
+        assert model.tokenize_all(texts) == [model.tokenize(text) for text in texts]
+        assert model.tokenize_all([]) == []
+
+
 def test_special_tokens_are_added_only_when_asked_for(alphabet: Path) -> None:
     with LlamaCpp(alphabet) as model:
         assert model.tokenize("c", add_special=True) == [0, 4]

@@ -114,6 +114,7 @@ def test_llama_cpp_tokenizes_as_transformers(kind: str, trained: Path, vocabular
     assert len(texts) >= 200
     with in_llama_cpp(vocabulary, tmp_path) as model:
         assert differing(tokenizer, model, texts) == []
+        assert model.tokenize_all(TEXTS) == [model.tokenize(text) for text in TEXTS]
 
 
 def test_the_scheme_is_the_one_that_is_known(kind: str, vocabulary: Vocabulary) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,15 +97,22 @@ def read_tokens(description: dict[str, Any], directory: Path, *, unknown: int | 
     texts |= {token.token: token.text for token in added.values()}
     _check(texts.items(), directory, rows)
 
-    made = {left + right for left, right in merges}
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(merges):
+        ranks.setdefault(left + right, rank)
     types = [TokenType.UNUSED] * rows
     for token, text in texts.items():
-        types[token] = _type(text, added.get(token), made, is_byte=bool(model.get("byte_fallback")))
+        types[token] = _type(text, added.get(token), ranks, is_byte=bool(model.get("byte_fallback")))
     if unknown is not None and unknown in texts:
         types[unknown] = TokenType.UNKNOWN
     tokens = [texts.get(token, f"[PAD{token}]") for token in range(rows)]
     _check(enumerate(tokens), directory, rows)
-    scores = [scored.get(text, 0.0) for text in tokens] if scored else _scores(tokens, merges)
+    # llama.cpp merges whatever pair has the highest score; these make it follow the merges' order
+    lowest = len(ranks)
+    scores = [
+        scored.get(text, 0.0) if scored else -float(ranks.get(text, lowest + token))
+        for token, text in enumerate(tokens)
+    ]
     return Tokens(tuple(tokens), tuple(types), tuple(f"{left} {right}" for left, right in merges), tuple(scores))
 
 
@@ -120,7 +127,7 @@ def _unigram(model: dict[str, Any], directory: Path) -> dict[str, float]:
     return scored
 
 
-def _type(text: str, added: AddedToken | None, made: set[str], *, is_byte: bool) -> TokenType:
+def _type(text: str, added: AddedToken | None, made: Container[str], *, is_byte: bool) -> TokenType:
     if added is None:
         return TokenType.BYTE if is_byte and _BYTE.fullmatch(text) else TokenType.NORMAL
     if added.special:
@@ -128,14 +135,6 @@ def _type(text: str, added: AddedToken | None, made: set[str], *, is_byte: bool)
     # Gemma's runs of spaces are added tokens that merges make as well. llama.cpp makes them from the merges too,
     # and prints the spaces that they stand for only if they are normal.
     return TokenType.NORMAL if SPACE in text and text in made else TokenType.USER_DEFINED
-
-
-def _scores(tokens: Iterable[str], merges: Iterable[tuple[str, str]]) -> list[float]:
-    """Scores by which llama.cpp, that merges whatever pair has the highest, follows the merges' order."""
-    ranks: dict[str, int] = {}
-    for rank, (left, right) in enumerate(merges):
-        ranks.setdefault(left + right, rank)
-    return [-float(ranks.get(text, len(ranks) + token)) for token, text in enumerate(tokens)]
 
 
 def _check(texts: Iterable[tuple[int, str]], directory: Path, rows: int) -> None:
