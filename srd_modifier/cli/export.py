@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from srd_modifier.cli._quiet import hide_bars
 from srd_modifier.cli.eval import DeviceName
 
 if TYPE_CHECKING:
