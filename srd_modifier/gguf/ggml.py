@@ -145,12 +145,14 @@ def quantize(
             part = weight[block]
             _quantize_rows(library, values[: len(part)].copy_(part), ggml_type, importance, out[block])
 
-    threads = min(threads or _processors(), len(blocks))
-    with ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="srd-ggml") as pool:
-        # ctypes releases the interpreter's lock during the call
-        others = [pool.submit(work) for _ in range(threads - 1)]
+    # ctypes releases the interpreter's lock during the call
+    others = [_pool().submit(work) for _ in range(1, min(threads or _processors(), len(blocks)))]
+    try:
         work()
-        for other in others:
+    finally:
+        blocks.clear()  # after an error the others stop, too
+    for other in others:
+        if not other.cancel():  # it began
             other.result()
     return out
 
@@ -235,6 +237,12 @@ def _processors() -> int:
     if hasattr(os, "sched_getaffinity"):  # containers and batch systems allow fewer than the machine has
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """Threads that wait for the next weight: to start them anew costs as much as thousands of weights."""
+    return ThreadPoolExecutor(thread_name_prefix="srd-ggml")
 
 
 def _gguf() -> Any:

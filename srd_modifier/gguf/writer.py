@@ -1,4 +1,4 @@
-"""GGUF files, written tensor by tensor: nothing but the tensors at hand is in memory.
+"""GGUF files, written tensor by tensor: nothing but the tensor at hand is in memory.
 
 The file appears whole or not at all, under a temporary name beside the target until then. The same input gives the
 same bytes.
@@ -7,9 +7,8 @@ same bytes.
 import os
 import struct
 import tempfile
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -25,8 +24,6 @@ from srd_modifier.errors import SRDError
 from srd_modifier.gguf.ggml import GGMLType
 
 _ALIGNMENT = 32  # of every tensor's data, the format's default
-# How many tensors are being made while one is written. Two, so that one's threads have work where the other's wait.
-_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -76,8 +73,8 @@ def write_gguf(
         architecture: gguf's name for it, the value of `general.architecture`.
         add_metadata: adds everything else to a `gguf.GGUFWriter`.
         entries: the tensors, in their order in the file.
-        data: the bytes of a tensor, in as many pieces as is convenient. It is called once for each, in order, and what
-            it gives is gone through by other threads, for up to two tensors at a time.
+        data: the bytes of a tensor, in as many pieces as is convenient; asked once for each, in order, by a thread of
+            its own, which makes one piece while the one before is written.
         overwrite: replace an existing file.
 
     Raises:
@@ -91,11 +88,13 @@ def write_gguf(
     temporary = sibling(path)
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        stream = _write_head(writer, temporary)
-        with ThreadPoolExecutor(_AHEAD, thread_name_prefix="srd-gguf") as pool:
-            for entry, parts in _made_ahead(entries, data, pool):
-                _write_tensor(stream, entry, parts)
-                writer.write_padding(stream, entry.nbytes)
+        parts = _parts(entries, data)
+        with ThreadPoolExecutor(1, thread_name_prefix="srd-gguf") as pool:
+            following = pool.submit(next, parts, None)
+            stream = _write_head(writer, temporary)
+            while (part := following.result()) is not None:
+                following = pool.submit(next, parts, None)  # made while this one is written
+                stream.write(part)
         stream.flush()
         os.fsync(stream.fileno())
         writer.close()
@@ -183,24 +182,19 @@ def _write_head(writer: Any, path: Path) -> Any:
     return stream
 
 
-def _made_ahead(
-    entries: Sequence[Entry], data: Callable[[Entry], Iterable[NDArray[np.uint8]]], pool: Executor
-) -> Iterator[tuple[Entry, list[NDArray[np.uint8]]]]:
-    """Every tensor and its data, in order, while that of the next ones is being made."""
-    pending: deque[tuple[Entry, Future[list[NDArray[np.uint8]]]]] = deque()
+def _parts(
+    entries: Sequence[Entry], data: Callable[[Entry], Iterable[NDArray[np.uint8]]]
+) -> Iterator[memoryview | bytes]:
+    """The data of all tensors, and what aligns it."""
     for entry in entries:
-        pending.append((entry, pool.submit(list, data(entry))))
-        if len(pending) > _AHEAD:
-            first, made = pending.popleft()
-            yield first, made.result()
-    for last, made in pending:
-        yield last, made.result()
-
-
-def _write_tensor(stream: Any, entry: Entry, parts: Iterable[NDArray[np.uint8]]) -> None:
-    written = 0
-    for part in parts:
-        stream.write(np.ascontiguousarray(part).data)
-        written += part.nbytes
-    if written != entry.nbytes:
-        raise ValueError(f"{entry.name} got {written} bytes, a {entry.ggml_type.value} of its shape has {entry.nbytes}")
+        size = 0
+        for part in data(entry):
+            size += part.nbytes
+            yield np.ascontiguousarray(part).data
+        if size != entry.nbytes:
+            raise ValueError(
+                f"{entry.name} got {size} bytes, a {entry.ggml_type.value} of its shape has {entry.nbytes}"
+            )
+        padding = padded_bytes(entry) - size
+        if padding:
+            yield bytes(padding)

@@ -1,7 +1,9 @@
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -237,6 +239,7 @@ def test_threads_start_only_where_they_help(
 
     def note(*arguments: object) -> None:
         seen.add(threading.current_thread())
+        time.sleep(0.01)  # as if there were more to do
         quantize_rows(*arguments)
 
     ggml._library()  # its own check quantizes too
@@ -245,6 +248,20 @@ def test_threads_start_only_where_they_help(
     ggml.quantize(normal(rows), GGMLType.Q8_0, threads=threads)
     assert (seen != {threading.current_thread()}) == elsewhere
     assert len(seen) <= threads
+
+
+def test_threads_that_never_come_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that was forked has none of them."""
+    busy, go_on = ThreadPoolExecutor(1), threading.Event()
+    busy.submit(go_on.wait)
+    monkeypatch.setattr(ggml, "_pool", lambda: busy)
+    monkeypatch.setattr(ggml, "_BLOCK_WEIGHTS", 512)
+    try:
+        found = ggml.quantize(normal(), GGMLType.Q8_0, threads=4)
+    finally:
+        go_on.set()
+        busy.shutdown()
+    np.testing.assert_array_equal(found, ggml.quantize(normal(), GGMLType.Q8_0, threads=1))
 
 
 def test_what_fails_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 import errno
 import os
 import struct
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,29 +136,40 @@ def test_what_gguf_refuses_is_refused(values: list[Any], error: type[Exception],
     made.close()
 
 
-def test_a_few_tensors_are_made_while_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entries = [Entry(f"blk.{number}.attn_norm.weight", (8,), GGMLType.F32) for number in range(9)]
-    begun: list[str] = []
-    waiting = []
+def test_data_is_asked_for_one_tensor_at_a_time(tmp_path: Path) -> None:
+    order = []
 
     def noted(entry: Entry) -> Iterator[NDArray[np.uint8]]:
-        begun.append(entry.name)
-        yield quantize(weight(entry).reshape(1, -1), entry.ggml_type)
+        order.append(f"begin {entry.name}")
+        yield from data(entry)
+        order.append(f"end {entry.name}")
 
-    def watched(stream: Any, entry: Entry, parts: list[NDArray[np.uint8]]) -> None:
-        time.sleep(0.05)  # long enough for all that may begin to do so
-        waiting.append(len(begun) - entries.index(entry))
-        write_tensor(stream, entry, parts)
+    write_gguf(tmp_path / "model.gguf", "llama", add_metadata, ENTRIES, noted)
+    assert order == [f"{moment} {entry.name}" for entry in ENTRIES for moment in ("begin", "end")]
 
-    write_tensor = writer._write_tensor
-    monkeypatch.setattr(writer, "_write_tensor", watched)
-    write_gguf(tmp_path / "model.gguf", "llama", add_metadata, entries, noted)
-    assert sorted(begun) == [entry.name for entry in entries]
-    assert max(waiting) == 3  # this one and two more
-    found = gguf.GGUFReader(tmp_path / "model.gguf").tensors
-    assert [tensor.name for tensor in found] == [entry.name for entry in entries]
-    for tensor, entry in zip(found, entries, strict=True):
-        assert tensor.data.tolist() == weight(entry).tolist()
+
+def test_one_piece_is_made_while_the_one_before_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = Entry("experts", (9, 8, 8), GGMLType.F32)
+    begun = threading.Event()
+    streams = []
+    write_head = writer._write_head
+
+    def write_head_meanwhile(*arguments: Any) -> Any:
+        assert begun.wait(timeout=60), "the first piece waits for the head"
+        streams.append(write_head(*arguments))
+        return streams[0]
+
+    def counted(entry: Entry) -> Iterator[NDArray[np.uint8]]:
+        for number, piece in enumerate(weight(entry)):
+            begun.set()
+            if number > 1:
+                assert streams[0].tell() >= (number - 1) * 256, "more than one piece ahead"
+            yield quantize(piece, entry.ggml_type)
+
+    monkeypatch.setattr(writer, "_write_head", write_head_meanwhile)
+    write_gguf(tmp_path / "model.gguf", "llama", add_metadata, [entry], counted)
+    (found,) = gguf.GGUFReader(tmp_path / "model.gguf").tensors
+    assert found.data.tolist() == weight(entry).tolist()
 
 
 def test_directories_are_made(tmp_path: Path) -> None:
