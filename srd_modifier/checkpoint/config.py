@@ -132,6 +132,29 @@ def module_alphas(
     }
 
 
+def given_settings(directory: Path, given: Mapping[str, Any], allowed: Iterable[str]) -> dict[str, Any]:
+    """The settings that a user gives a library in the place of the checkpoint's `srd_config`.
+
+    Args:
+        directory: the checkpoint.
+        given: what the library has as `srd_config`: the checkpoint's own, which has a version, perhaps with single
+            fields changed; or only what the user gave.
+        allowed: the names of what can be set when loading.
+
+    Raises:
+        ConfigError: another field is set.
+        CheckpointError: config.json is damaged.
+    """
+    settings = dict(given)
+    if "version" in given:
+        stored = read_model_config(directory).get(CONFIG_KEY, {})
+        settings = {name: value for name, value in given.items() if name not in stored or stored[name] != value}
+    for name in settings:
+        if name not in allowed:
+            raise ConfigError(f"srd_config.{name} cannot be set when loading, only {', '.join(allowed)}")
+    return settings
+
+
 def read_model_config(directory: Path) -> dict[str, Any]:
     """config.json of a model directory.
 

@@ -6,20 +6,17 @@ plus the residual, rounded once to the model's dtype. What comes out is an ordin
 the quantization left in it, so saving it again writes an honest dense checkpoint.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
-from srd_modifier.checkpoint.config import CONFIG_KEY, module_alphas, read_model_config
+from srd_modifier.checkpoint.config import CONFIG_KEY, given_settings, module_alphas
 from srd_modifier.checkpoint.sidecar import Sidecar
-from srd_modifier.errors import ConfigError
 from srd_modifier.transformers.correction import Correction, correction_of, is_corrected, remember
 from srd_modifier.transformers.source import checkpoint_directory
 
-_OVERRIDES = ("alpha", "layer_alphas", "chunks")
+_SETTINGS = ("alpha", "layer_alphas", "chunks")
 
 
 class SRDQuantizer(CompressedTensorsHfQuantizer):
@@ -32,7 +29,7 @@ class SRDQuantizer(CompressedTensorsHfQuantizer):
             return
         # everything that can be wrong with the sidecar is found before the weights are read
         directory = checkpoint_directory(files[0])
-        overrides = _overrides(directory, given)
+        overrides = given_settings(directory, given, _SETTINGS)
         chunks = overrides.pop("chunks", None)
         sidecar = Sidecar.open(directory)
         correction = Correction(
@@ -78,18 +75,3 @@ def _forget_decompression(model: nn.Module) -> None:
     ]
     if conversions:
         vars(model)["_weight_conversions"] = conversions
-
-
-def _overrides(directory: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that the user passed as `from_pretrained(..., srd_config={...})`.
-
-    Without any, `given` is the srd_config of the checkpoint, which has a version.
-    """
-    overrides = dict(given)
-    if "version" in given:
-        stored = read_model_config(directory).get(CONFIG_KEY, {})
-        overrides = {name: value for name, value in given.items() if name not in stored or stored[name] != value}
-    for name in overrides:
-        if name not in _OVERRIDES:
-            raise ConfigError(f"srd_config.{name} cannot be set when loading, only {', '.join(_OVERRIDES)}")
-    return overrides

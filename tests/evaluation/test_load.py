@@ -108,7 +108,7 @@ def test_a_missing_directory_is_refused(tmp_path):
 
 
 def test_a_name_the_hub_does_not_have_is_refused(monkeypatch):
-    def cached_file(name, file):
+    def cached_file(name, file, **where):
         raise OSError("not found")
 
     monkeypatch.setattr("transformers.utils.hub.cached_file", cached_file)
@@ -118,15 +118,26 @@ def test_a_name_the_hub_does_not_have_is_refused(monkeypatch):
 
 def test_a_hub_id_reads_its_snapshot(make_directory, monkeypatch):
     snapshot = make_directory("snapshot")
-    monkeypatch.setattr("transformers.utils.hub.cached_file", lambda name, file: str(snapshot / file))
+    monkeypatch.setattr("transformers.utils.hub.cached_file", lambda name, file, **_: str(snapshot / file))
     assert find_model("somebody/model") == snapshot
 
 
 def test_a_hub_id_with_a_residual_is_fetched_whole(residual_directory, make_directory, monkeypatch):
     whole = make_directory("whole")
-    monkeypatch.setattr("transformers.utils.hub.cached_file", lambda name, file: str(residual_directory / file))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(whole))
-    assert find_model("somebody/corrected") == whole
+    asked: list[dict[str, object]] = []
+
+    def cached_file(name: str, file: str, **where: object) -> str:
+        asked.append(where)
+        return str(residual_directory / file)
+
+    def snapshot_download(name: str, *, allow_patterns: list[str], **where: object) -> str:
+        asked.append(where)
+        return str(whole)
+
+    monkeypatch.setattr("transformers.utils.hub.cached_file", cached_file)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert find_model("somebody/corrected", revision="v1", cache_directory="models") == whole
+    assert asked == [{"revision": "v1", "cache_dir": "models"}] * 2
 
 
 def test_a_directory_without_config_is_refused(tmp_path):
