@@ -10,7 +10,7 @@ from compressed_tensors.utils import get_direct_state_dict, replace_direct_state
 from torch import nn
 
 from srd_modifier.checkpoint.sidecar import Sidecar
-from srd_modifier.transformers.weights import find_module, find_weight, store_weight
+from srd_modifier.transformers.weights import find_module, find_stack, store_weight
 
 _BASE_STATE = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
@@ -35,17 +35,36 @@ def make_dense(model: nn.Module, sidecar: Sidecar, alphas: dict[str, float]) -> 
 
 def _correct(model: nn.Module, sidecar: Sidecar, alphas: dict[str, float]) -> None:
     """Give every corrected module its dense weight, computed on its own device, in its own dtype."""
+    _correct_stacks(model, sidecar, alphas)
     for name, alpha in alphas.items():
         module = find_module(model, name)
         if module is None:
-            # a stacked expert: Transformers has decompressed it to a slice of a dense parameter already
-            weight = find_weight(model, name)
-            store_weight(model, name, sidecar.correct(name, alpha, weight.dtype, weight.device))
-            continue
+            continue  # a stacked expert
         state = get_direct_state_dict(module)
         scale = state["weight_scale"]
         weight = sidecar.correct(name, alpha, scale.dtype, scale.device)
         _make_plain_linear(module, {**_without_base(state), "weight": weight})
+
+
+def _correct_stacks(model: nn.Module, sidecar: Sidecar, alphas: dict[str, float]) -> None:
+    """Correct experts, of which Transformers has made slices of a dense parameter already.
+
+    It gives the parameter the dtype of the scales, whatever dtype was asked for; then all of its experts are computed
+    again, because what they had was rounded.
+    """
+    dtype: Any = getattr(model.config, "dtype", None) or model.dtype
+    stacks: dict[tuple[nn.Module, str], list[str]] = {}
+    for name in sidecar.base.quantized_modules:
+        if find_module(model, name) is None:
+            stacks.setdefault(find_stack(model, name), []).append(name)
+    for (module, parameter), names in stacks.items():
+        stack = getattr(module, parameter)
+        rounded = stack.dtype != dtype
+        if rounded:
+            module.register_parameter(parameter, nn.Parameter(stack.to(dtype), requires_grad=stack.requires_grad))
+        for name in names if rounded else alphas.keys() & names:
+            correct = sidecar.correct(name, alphas.get(name, 0.0), dtype, stack.device)
+            store_weight(model, name, correct)
 
 
 def _dequantize_others(model: nn.Module) -> bool:

@@ -22,6 +22,12 @@ def find_weight(model: nn.Module, name: str) -> Tensor:
     return part(getattr(module, parameter))
 
 
+def find_stack(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module and the name of its parameter of which the weight that `find_weight` finds is a part."""
+    module, parameter, _ = _locate(model, name)
+    return module, parameter
+
+
 def store_weight(model: nn.Module, name: str, value: Tensor) -> None:
     """Copy `value` into the weight that `find_weight` finds, wherever its module keeps it (errors are the same)."""
     module, parameter, part = _locate(model, name)

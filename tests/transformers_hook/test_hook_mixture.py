@@ -29,9 +29,10 @@ def weights(mixture_checkpoint, by_hand):
     return by_hand(mixture_checkpoint)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_every_expert_is_corrected(dtype, mixture_checkpoint, weights, assert_weights):
     model = AutoModelForCausalLM.from_pretrained(mixture_checkpoint, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert len(weights.residual) == 2 * (4 + 4 * 3)
     expected = stacked(weights.weights())
     assert expected["model.layers.0.mlp.experts.gate_up_proj"].shape == (4, 128, 64)
@@ -73,7 +74,10 @@ def test_one_expert_of_four(quantize, group_scheme, mixture_checkpoint, by_hand,
     assert sorted(weights.residual) == [
         f"model.layers.1.mlp.experts.3.{projection}_proj" for projection in ("down", "gate", "up")
     ]
-    assert_weights(AutoModelForCausalLM.from_pretrained(directory), stacked(weights.weights()))
+    for dtype in (torch.bfloat16, torch.float32):
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        assert_weights(model, stacked(weights.weights()))
+        assert model.model.layers[0].mlp.experts.down_proj.dtype == dtype  # without a residual, and not rounded
 
 
 def test_a_saved_copy_is_dense(mixture_checkpoint, logits, tmp_path):
