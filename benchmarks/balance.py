@@ -5,10 +5,8 @@
 The base is SRDModifier's own with feedback; residuals of 2 and 4 bits with feedback in groups of 64 stand on it.
 """
 
-import tempfile
-from pathlib import Path
-
 from benchmarks.quality import Setting, evaluate, make, parse
+from benchmarks.scratch import scratch
 
 _BALANCES = (0.0, 0.25, 0.5, 0.6, 0.75, 0.9, 1.0)
 
@@ -16,8 +14,8 @@ _BALANCES = (0.0, 0.25, 0.5, 0.6, 0.75, 0.9, 1.0)
 def main() -> None:
     options = parse(__doc__.partition("\n")[0])
     print(f"{'balance':>8} {'W4 alone':>10} {'+ D2':>10} {'+ D4':>10}   mean KL divergence")
-    with tempfile.TemporaryDirectory(prefix="srd-bench-") as folder:
-        setting = Setting.of(options, Path(folder))
+    with scratch() as folder:
+        setting = Setting.of(options, folder)
         for balance in _BALANCES:
             klds = []
             for bits in (2, 4):

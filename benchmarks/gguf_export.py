@@ -15,12 +15,12 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.models import write_random
-from benchmarks.process import REPOSITORY, Cost, measure, median, print_cost, ratio, run
+from benchmarks.models import REPOSITORY, write_random
+from benchmarks.process import Cost, measure, median, print_cost, ratio, run
+from benchmarks.scratch import scratch
 
 _SMALL = "llama-132m"
 _LARGE = "smollm2-1.7b"
@@ -108,8 +108,7 @@ def main() -> None:
         model, output, file_type, threads, *imatrix = options.worker
         worker(model, output, file_type, int(threads), imatrix[0] if imatrix else None)
         return
-    with tempfile.TemporaryDirectory(prefix="srd-bench-", dir=".") as folder:
-        directory = Path(folder).resolve()
+    with scratch() as directory:
         model = write_random(_LARGE if options.large else _SMALL, directory)
         source, ours, theirs, imatrix = (
             directory / f"{name}.gguf" for name in ("source", "ours", "theirs", "importance")

@@ -16,7 +16,6 @@ minutes). Its converter does not know this tokenizer, so its tensors are put int
 import argparse
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks.models import REPOSITORY, TINY_LLAMA
+from benchmarks.scratch import scratch
 from srd_modifier.evaluation.evaluate import evaluate_text
 from srd_modifier.gguf.calibration.text import SELF, Calibration, read_samples
 from srd_modifier.gguf.export import export_gguf
@@ -61,7 +61,7 @@ def main() -> None:
     print(f"{options.model}, calibrated on {options.calibration}, {options.max_tokens} tokens of {options.text}")
     print(f"{'':34} {'bytes':>11} {'bits/w':>7} {'ppl':>9} {'KLD mean':>18} {'top-1':>8} {'predicted':>10} {'time':>7}")
     rows: dict[str, Row] = {}
-    with tempfile.TemporaryDirectory(prefix="srd-bench-") as folder:
+    with scratch() as folder:
 
         def add(name: str, file: Path, seconds: float, predicted: float | None = None) -> Row:
             rows[name] = score(options, name, file, seconds, predicted)
@@ -69,12 +69,12 @@ def main() -> None:
             return rows[name]
 
         def export(name: str, **settings: Any) -> Row:
-            file = Path(folder) / "model.gguf"
+            file = folder / "model.gguf"
             started = time.perf_counter()
             summary = export_gguf(options.model, file, overwrite=True, **settings)
             return add(name, file, time.perf_counter() - started, summary.predicted_kld)
 
-        imatrix = Path(folder) / "imatrix.gguf"
+        imatrix = folder / "imatrix.gguf"
         for number, own in enumerate(options.types):
             calibrated = export(
                 f"{own.value} calibrated",
@@ -89,7 +89,7 @@ def main() -> None:
             )
         if options.autoround is not None:
             started = time.perf_counter()
-            file = autoround(options.model, calibration, options.autoround, Path(folder))
+            file = autoround(options.model, calibration, options.autoround, folder)
             add(f"Q4_K_M AutoRound, {options.autoround} iterations", file, time.perf_counter() - started)
     print_ratios(rows, options.types)
     if options.json:

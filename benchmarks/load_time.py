@@ -8,11 +8,11 @@ pairs. The files are in the page cache: the ratio from a cold disk is that of th
 """
 
 import argparse
-import tempfile
 from pathlib import Path
 
 from benchmarks.models import SCHEME, SHAPES, TINY_LLAMA, write_random
 from benchmarks.process import alternate, measure, median, print_cost, ratio
+from benchmarks.scratch import scratch
 
 _MODELS = ("tiny-llama", *SHAPES)
 
@@ -52,10 +52,10 @@ def main() -> None:
         worker(*options.worker)
         return
     print(f"{'model':14} {'plain W4':>9} {'corrected':>9} {'time':>6} {'peak':>6}   ratios, medians of pairs")
-    with tempfile.TemporaryDirectory(prefix="srd-bench-", dir=".") as folder:
+    with scratch() as folder:
         for name in options.model or _MODELS:
-            model = TINY_LLAMA if name == "tiny-llama" else write_random(name, Path(folder))
-            output = Path(folder).absolute() / f"{name}-srd"
+            model = TINY_LLAMA if name == "tiny-llama" else write_random(name, folder)
+            output = folder / f"{name}-srd"
             quantize(model, output)
             costs = alternate(
                 "benchmarks.load_time",

@@ -13,11 +13,11 @@ pairs. Models: tiny-llama, and random weights in the shapes of SmolLM2-135M and 
 """
 
 import argparse
-import tempfile
 from pathlib import Path
 
 from benchmarks.models import SCHEME, TINY_LLAMA, write_random
 from benchmarks.process import alternate, measure, median, print_cost, ratio
+from benchmarks.scratch import scratch
 
 _CASES = (
     *(f"tiny-llama/{base}" for base in ("rtn", "gptq", "feedback", "own", "budget")),
@@ -80,15 +80,14 @@ def main() -> None:
     print(
         f"{'case':20} {'alone':>9} {'with SRD':>9} {'time':>6} {'peak':>6} {'anonymous':>10}   ratios, medians of pairs"
     )
-    with tempfile.TemporaryDirectory(prefix="srd-bench-", dir=".") as folder:
+    with scratch() as folder:
         models = {"tiny-llama": TINY_LLAMA}
         for case in options.case or _CASES:
             name, base = case.split("/")
             if name not in models:
-                models[name] = write_random(name, Path(folder))
+                models[name] = write_random(name, folder)
             arguments = [
-                ["--worker", str(models[name]), base, kind, str(Path(folder) / "output" / kind)]
-                for kind in ("plain", "srd")
+                ["--worker", str(models[name]), base, kind, str(folder / "output" / kind)] for kind in ("plain", "srd")
             ]
             costs = alternate("benchmarks.oneshot_cost", *arguments, repeats=options.repeats)
             print(

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[1]
+from benchmarks.models import REPOSITORY
+
 _SAMPLE_SECONDS = 0.02
 
 

@@ -14,7 +14,6 @@ Linear weights: codes, scales, masks; bytes on disk are whole files.
 import argparse
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -26,6 +25,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from benchmarks.models import REPOSITORY, TINY_LLAMA
+from benchmarks.scratch import scratch
 from srd_modifier.checkpoint.config import IMPORTANCE
 from srd_modifier.evaluation.evaluate import evaluate_text
 from srd_modifier.evaluation.report import Report
@@ -91,8 +91,8 @@ class Setting:
 def main() -> None:
     options = parse(__doc__.partition("\n")[0])
     print(f"{options.model}, calibrated on {options.calibration}, {options.max_tokens} tokens of {options.text}")
-    with tempfile.TemporaryDirectory(prefix="srd-bench-") as folder:
-        points = measure(Setting.of(options, Path(folder)))
+    with scratch() as folder:
+        points = measure(Setting.of(options, folder))
     if options.json:
         options.json.write_text(json.dumps([asdict(point) for point in points], indent=2), encoding="utf-8")
     if options.plot:
