@@ -1,18 +1,36 @@
 """Models and checkpoints that many tests share, made once per session."""
 
+import gc
+import os
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from random_models import TINY_LLAMA, make_llama, save_model
 
 REPOSITORY = Path(__file__).parents[1]
-TINY_LLAMA = REPOSITORY / "examples" / "tiny-llama"
 SHARED = REPOSITORY.parent / "shared"
 
+# as in the Makefile: no model is on a hub, and Transformers writes into a saved tokenizer whether it asked one
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 torch.set_num_threads(1)
+
+if find_spec("hypothesis") is not None:  # the serving environment has none
+    from hypothesis import HealthCheck, settings
+
+    # a slow machine is no error
+    settings.register_profile("srd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("srd")
+
+
+def pytest_collection_finish() -> None:
+    """Take what is imported out of every later collection: AutoRound and llm-compressor ask for dozens in a run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -33,26 +51,7 @@ def wikitext() -> str:
 @pytest.fixture(scope="session")
 def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of six small layers with random bf16 weights, untied head, and tiny-llama's tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=4096,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    directory = tmp_path_factory.mktemp("models") / "random-llama"
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TINY_LLAMA / name, directory / name)
-    return directory
+    return save_model(make_llama(num_hidden_layers=6), tmp_path_factory.mktemp("models") / "random-llama")
 
 
 @pytest.fixture(scope="session")

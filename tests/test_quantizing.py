@@ -210,7 +210,7 @@ def finished(finished_checkpoint: Path, output: Path) -> Path:
     return output
 
 
-def test_an_existing_checkpoint_is_refused_before_anything_is_read(recipe, finished):
+def test_an_existing_checkpoint_is_refused_before_anything_is_read(finished):
     before = contents(finished)
     with pytest.raises(CheckpointError, match=r"checkpoint already exists; choose another directory or pass --overw"):
         quantize("no/such-model", Path("no-such-recipe.yaml"), finished)

@@ -1,9 +1,8 @@
 """Every recipe of the repository is run, on a small random Llama, and gives what its comment promises."""
 
 import json
-import shutil
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from random_models import make_llama, save_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -91,46 +91,28 @@ PROMISES = {
 BUDGETS = [name for name, promise in PROMISES.items() if promise.bits is not None]
 SLOW = {"srd_autoround", *BUDGETS}
 
-every_recipe = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in RECIPES]
-)
-every_srd_recipe = pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in RECIPES if name != "w4a16"],
-)
-every_budget = pytest.mark.parametrize("name", BUDGETS)
+
+def every(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Once for every recipe of these names."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
+    )
+
+
+every_recipe = every(RECIPES)
+every_srd_recipe = every(name for name in RECIPES if name != "w4a16")
+every_budget = every(BUDGETS)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama that groups of 128 divide, with five layers so that a part of the depth is layers 2 and 3.
 
-    Its norms differ from column to column, as those of a trained model do, so that AWQ has something to scale.
+    Its norms are uneven, so that AWQ has something to scale.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=4096,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    directory = tmp_path_factory.mktemp("models") / "llama-128"
-    llama = LlamaForCausalLM(config)
-    for name, parameter in llama.named_parameters():
-        if name.endswith("norm.weight"):
-            torch.nn.init.normal_(parameter, std=0.7).data.exp_()
-    llama.to(torch.bfloat16).save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny_llama / name, directory / name)
-    return directory
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": LAYERS, "max_position_embeddings": 128}
+    model = make_llama(**sizes, uneven_norms=True)
+    return save_model(model, tmp_path_factory.mktemp("models") / "llama-128")
 
 
 @pytest.fixture(scope="module")
@@ -241,11 +223,9 @@ def test_the_residual_takes_back_what_w4_loses(run, model, name):
     assert left < promise.share * lost
 
 
-@every_srd_recipe
+@every(name for name in RECIPES if name != "w4a16" and not PROMISES[name].feedback)
 def test_the_base_is_the_one_of_the_recipe_without_the_residual(run, name):
     """Bit for bit: keeping the residual must not change what is kept as W4."""
-    if PROMISES[name].feedback:
-        pytest.skip("the base is SRDModifier's own")
     with_residual, alone = (
         load_file(run(name) / "model.safetensors"),
         load_file(run(name, alone=True) / "model.safetensors"),
@@ -320,7 +300,6 @@ def spent(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     return run
 
 
-@pytest.mark.slow
 @every_budget
 def test_the_budget_is_kept_and_used_up(spent, name):
     bits = PROMISES[name].bits
@@ -330,7 +309,6 @@ def test_the_budget_is_kept_and_used_up(spent, name):
     assert sorted(path.name for path in output.parent.iterdir() if path.name.startswith(".")) == []
 
 
-@pytest.mark.slow
 @every_budget
 def test_the_predicted_divergence_is_written_and_about_right(spent, tiny_llama, name):
     output = spent(name)

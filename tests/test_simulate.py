@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_models import make_llama
 from torch import Tensor, nn
 
 from srd_modifier.errors import ConfigError
@@ -23,21 +24,7 @@ CORRECTED = [f"model.layers.{layer}.{module}" for layer in range(2) for module i
 @pytest.fixture
 def model() -> nn.Module:
     """Two random decoder layers; the group of 64 does not divide the intermediate size."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=64,
-            intermediate_size=144,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=32,
-            tie_word_embeddings=False,
-        )
-    ).eval()
+    return make_llama(vocab_size=64, intermediate_size=144, max_position_embeddings=32)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -1,12 +1,8 @@
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # for small_checkpoint, in whichever way pytest imports the tests
-
-from small_checkpoint import write_checkpoint
+from small_checkpoint import DAMAGES, write_base, write_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +23,23 @@ def other_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(small_template: Path, tmp_path: Path) -> Path:
     """A copy of the small checkpoint that a test may damage."""
     return Path(shutil.copytree(small_template, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def sensitive_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small checkpoint with a sensitivity: for reading only."""
+    folder = tmp_path_factory.mktemp("sensitive")
+    return write_checkpoint(folder / "checkpoint", folder / "scratch", sensitivity=DAMAGES)
+
+
+@pytest.fixture
+def sensitive(sensitive_template: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may damage."""
+    return Path(shutil.copytree(sensitive_template, tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """The small checkpoint as W4A16 alone."""
+    write_base(tmp_path / "base")
+    return tmp_path / "base"

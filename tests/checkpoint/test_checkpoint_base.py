@@ -32,12 +32,6 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    write_base(tmp_path / "base")
-    return tmp_path / "base"
-
-
 def shard(directory: Path, parts: list[dict[str, Tensor]]) -> None:
     """The same model in several files with an index."""
     (directory / SINGLE).unlink()

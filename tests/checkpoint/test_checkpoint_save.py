@@ -22,7 +22,6 @@ from small_checkpoint import (
     base_tensors,
     digests,
     flip_bit,
-    write_base,
     write_sidecar,
 )
 from torch import Tensor
@@ -33,12 +32,6 @@ from srd_modifier.checkpoint.save import attach_sidecar
 from srd_modifier.checkpoint.sidecar import Sidecar
 from srd_modifier.errors import CheckpointError
 from srd_modifier.residual import ResidualFormat
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    write_base(tmp_path / "base")
-    return tmp_path / "base"
 
 
 @pytest.fixture

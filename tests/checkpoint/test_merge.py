@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pack_quantized import w4
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_checkpoint import (
@@ -31,22 +32,6 @@ from srd_modifier.errors import CheckpointError, ConfigError
 from srd_modifier.transformers import load_corrected
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-def nibbles(packed: Tensor) -> Tensor:
-    """The eight 4-bit values of every int32, lowest bits first."""
-    return ((packed.long().unsqueeze(-1) >> torch.arange(0, 32, 4)) & 15).flatten(1)
-
-
-def w4(tensors: dict[str, Tensor], module: str) -> Tensor:
-    """The W4 weight in float64, from the definition of `pack-quantized`."""
-    out_features, in_features = tensors[f"{module}.weight_shape"].tolist()
-    scale = tensors[f"{module}.weight_scale"].double()
-    codes = nibbles(tensors[f"{module}.weight_packed"])[:, :in_features] - 8
-    if f"{module}.weight_zero_point" in tensors:
-        zeros = nibbles(tensors[f"{module}.weight_zero_point"].t())[:, :out_features].t() - 8
-        codes = codes - zeros.repeat_interleave(in_features // scale.shape[1], dim=1)
-    return codes * scale.repeat_interleave(in_features // scale.shape[1], dim=1)
 
 
 def residuals(directory: Path) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,18 +30,6 @@ from srd_modifier.checkpoint.sensitivity import ModuleSensitivity, Sensitivity, 
 from srd_modifier.checkpoint.sidecar import Sidecar
 from srd_modifier.checkpoint.summary import summarize
 from srd_modifier.errors import CheckpointError, ConfigError
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sensitive")
-    return write_checkpoint(folder / "checkpoint", folder / "scratch", sensitivity=DAMAGES)
-
-
-@pytest.fixture
-def sensitive(template: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(template, tmp_path / "checkpoint"))
-
 
 # --- prediction ------------------------------------------------------------------------------------------------------
 
@@ -92,30 +79,30 @@ def test_an_alpha_of_an_unknown_module_is_refused() -> None:
 # --- the file --------------------------------------------------------------------------------------------------------
 
 
-def test_what_was_saved_is_read(template: Path) -> None:
-    assert read_sensitivity(template) == DAMAGES
-    assert read_sensitivity(str(template)) == DAMAGES
+def test_what_was_saved_is_read(sensitive: Path) -> None:
+    assert read_sensitivity(sensitive) == DAMAGES
+    assert read_sensitivity(str(sensitive)) == DAMAGES
     assert Sensitivity.from_dict(DAMAGES.to_dict()) == DAMAGES
 
 
-def test_the_file_is_bound_to_base_and_residual(template: Path) -> None:
-    values = json.loads((template / SENSITIVITY).read_text())
+def test_the_file_is_bound_to_base_and_residual(sensitive: Path) -> None:
+    values = json.loads((sensitive / SENSITIVITY).read_text())
     assert list(values) == ["version", "base_digest", "residual_digest", "method", "tokens", "modules"]
     assert values["version"] == 1
-    config = json.loads((template / "config.json").read_text())["srd_config"]
+    config = json.loads((sensitive / "config.json").read_text())["srd_config"]
     assert values["base_digest"] == config["base_digest"]
-    assert values["residual_digest"] == json.loads((template / INDEX).read_text())["metadata"]["residual_digest"]
+    assert values["residual_digest"] == json.loads((sensitive / INDEX).read_text())["metadata"]["residual_digest"]
     assert values["modules"][SPARSE_MODULE] == {"w4": 1e-3, "corrected": 4e-4, "mixed": 2e-4}
     assert values["modules"][UNCORRECTED] == {"w4": 5e-4, "output": 1.0}
 
 
-def test_the_sidecar_lists_it(template: Path, small_template: Path) -> None:
-    assert template / SENSITIVITY in Sidecar.open(template).files()
+def test_the_sidecar_lists_it(sensitive: Path, small_template: Path) -> None:
+    assert sensitive / SENSITIVITY in Sidecar.open(sensitive).files()
     assert small_template / SENSITIVITY not in Sidecar.open(small_template).files()
 
 
-def test_the_summary_has_the_prediction(template: Path, small_template: Path) -> None:
-    summary, found, config = summarize(template), read_sensitivity(template), read_srd_config(template)
+def test_the_summary_has_the_prediction(sensitive: Path, small_template: Path) -> None:
+    summary, found, config = summarize(sensitive), read_sensitivity(sensitive), read_srd_config(sensitive)
     assert found is not None
     assert config is not None
     assert summary.predicted_kld_w4 == found.predicted({})

@@ -63,7 +63,7 @@ def test_reads_every_dtype_in_every_shape(dtype: torch.dtype, tmp_path: Path) ->
         assert bytes(shard.view(name)) == tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.dictionaries(
         st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata__"),
@@ -340,7 +340,7 @@ def test_a_directory_is_no_file(tmp_path: Path) -> None:
         Shard.open(tmp_path)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_a_damaged_file_is_refused_or_still_well_formed(
     small_template: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

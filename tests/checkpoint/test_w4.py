@@ -122,7 +122,7 @@ def by_hand(packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_feature
     return weight
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 11),
     groups=st.integers(1, 3),
@@ -143,7 +143,7 @@ def test_equals_the_definition(rows: int, groups: int, per_group: int, asymmetri
     assert torch.equal(found, by_hand(packed, scale, zero_point, columns))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.integers(-8, 7), min_size=1, max_size=20), min_size=1, max_size=9))
 def test_brings_back_what_compressed_tensors_packed(rows: list[list[int]]) -> None:
     width = min(len(row) for row in rows)
@@ -152,7 +152,7 @@ def test_brings_back_what_compressed_tensors_packed(rows: list[list[int]]) -> No
     assert torch.equal(found, codes.float())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.integers(-8, 7), min_size=3, max_size=3), min_size=1, max_size=20))
 def test_brings_back_the_zero_points_that_compressed_tensors_packed(rows: list[list[int]]) -> None:
     zeros = torch.tensor(rows, dtype=torch.int8)

@@ -33,7 +33,7 @@ def nearest(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch, finished_checkpoint: Path) -> list[tuple[Any, ...]]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What reaches the library, which then does nothing."""
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr("srd_modifier.quantizing.quantize", lambda *args, **kwargs: calls.append((*args, kwargs)))

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from random_models import TINY_LLAMA
 from typer.testing import CliRunner
 
 from srd_modifier.checkpoint.sizes import CheckpointSize
@@ -14,8 +15,6 @@ from srd_modifier.errors import SRDError
 from srd_modifier.evaluation.report import Report
 from srd_modifier.evaluation.scores import Divergence, Perplexity
 from srd_modifier.evaluation.windows import Convention, window_rule
-
-TINY_LLAMA = Path(__file__).parents[2] / "examples" / "tiny-llama"
 
 REPORT = Report(
     model="candidate",
@@ -197,8 +196,6 @@ def test_the_whole_way(app, tmp_path):
 
 
 def test_a_gguf_file_is_scored_from_its_own_bytes(app, tmp_path):
-    pytest.importorskip("gguf")
-    pytest.importorskip("xllamacpp")
     from srd_modifier.gguf.export import export_gguf
     from srd_modifier.gguf.mixture import FileType
 

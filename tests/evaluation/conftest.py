@@ -1,16 +1,14 @@
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from random_models import make_llama, save_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
-
-ROOT = Path(__file__).parents[2]
-TINY_LLAMA = ROOT / "examples" / "tiny-llama"
+from transformers import LlamaForCausalLM
 
 PROSE = (
     "The river runs north through the old town and turns east below the bridge. In spring the water rises over the "
@@ -19,33 +17,11 @@ PROSE = (
 )
 
 
-def _random_llama(*, seed: int = 0, vocabulary: int = 64) -> LlamaForCausalLM:
-    """A two-layer Llama with random weights, large enough to disagree with another seed on every token."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-@pytest.fixture
-def tiny_llama() -> Path:
-    """The trained example model."""
-    return TINY_LLAMA
-
-
-@pytest.fixture
-def random_llama() -> Callable[..., LlamaForCausalLM]:
-    return _random_llama
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., LlamaForCausalLM]:
+    """Makes two-layer Llamas whose weights are large enough to disagree with another seed on every token."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return partial(make_llama, **sizes, vocab_size=64, max_position_embeddings=64, initializer_range=0.3)
 
 
 @pytest.fixture
@@ -54,15 +30,11 @@ def tokens() -> torch.Tensor:
 
 
 @pytest.fixture
-def make_directory(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a random model with the tokenizer of the example, under a name of choice."""
+def make_directory(make_model: Callable[..., LlamaForCausalLM], tmp_path: Path) -> Callable[..., Path]:
+    """Writes such a model with the tokenizer of the example, under a name of choice."""
 
     def make(name: str = "model", *, seed: int = 0) -> Path:
-        directory = tmp_path / name
-        _random_llama(seed=seed, vocabulary=4096).save_pretrained(directory)
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(TINY_LLAMA / file, directory)
-        return directory
+        return save_model(make_model(seed=seed, vocab_size=4096), tmp_path / name, torch.float32)
 
     return make
 

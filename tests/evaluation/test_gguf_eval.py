@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from random_models import TINY_LLAMA
 from torch import Tensor
 
 from srd_modifier.errors import CheckpointError, SRDError
@@ -24,11 +24,6 @@ from srd_modifier.gguf.reader import GGUFFile
 from srd_modifier.gguf.weights import ModelWeights
 from srd_modifier.gguf.writer import Entry, write_gguf
 
-for name in ("gguf", "xllamacpp"):
-    if find_spec(name) is None:
-        pytest.skip(f"{name} is not installed; it comes with the gguf extra", allow_module_level=True)
-
-TINY_LLAMA = Path(__file__).parents[2] / "examples" / "tiny-llama"
 SHARED = Path(__file__).parents[3] / "shared" / "models"
 TINY = {
     "vocab_size": 96,

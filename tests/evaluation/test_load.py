@@ -24,22 +24,22 @@ def residual_directory(make_directory, edit_config):
 
 
 @pytest.fixture
-def load_corrected_calls(random_llama, monkeypatch):
+def load_corrected_calls(make_model, monkeypatch):
     calls = []
 
     def load_corrected(path, **options):
         calls.append({"path": path, **options})
-        return random_llama(vocabulary=4096)
+        return make_model(vocab_size=4096)
 
     monkeypatch.setitem(sys.modules, "srd_modifier.transformers", SimpleNamespace(load_corrected=load_corrected))
     return calls
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_plain_directory_loads_in_the_dtype_asked_for(random_llama, make_directory, dtype):
+def test_a_plain_directory_loads_in_the_dtype_asked_for(make_model, make_directory, dtype):
     directory = make_directory()
     loaded = load(str(directory), dtype=dtype)
-    expected = random_llama(vocabulary=4096).state_dict()
+    expected = make_model(vocab_size=4096).state_dict()
     assert all(torch.equal(tensor, expected[name].to(dtype)) for name, tensor in loaded.model.state_dict().items())
     assert not loaded.model.training
     assert loaded.tokenizer("the").input_ids
@@ -48,8 +48,8 @@ def test_a_plain_directory_loads_in_the_dtype_asked_for(random_llama, make_direc
     assert (loaded.max_positions, loaded.vocabulary_size) == (64, 4096)
 
 
-def test_a_compressed_directory_computes_with_its_dequantized_weights(random_llama, compressed):
-    dense = random_llama(vocabulary=4096)
+def test_a_compressed_directory_computes_with_its_dequantized_weights(make_model, compressed):
+    dense = make_model(vocab_size=4096)
     dense.get_submodule(compressed.module).weight.data = compressed.dequantized
     ids = torch.arange(20)[None]
     with torch.no_grad():

@@ -49,8 +49,8 @@ def score_one_by_one(model: nn.Module, tokens: Tensor, windows: list[Window], fi
     [window_rule(ctx=32, stride=8), window_rule(ctx=32, stride=32), window_rule(Convention.LLAMACPP, ctx=16)],
     ids=["sliding", "no-overlap", "llamacpp"],
 )
-def test_scores_match_one_forward_pass_per_token(random_llama, tokens, rule, batch_size):
-    model, reference = random_llama(seed=0), random_llama(seed=1)
+def test_scores_match_one_forward_pass_per_token(make_model, tokens, rule, batch_size):
+    model, reference = make_model(seed=0), make_model(seed=1)
     first = 0 if rule.convention is Convention.LLAMACPP else None
     tokens = tokens[:80]
     windows = rule.windows(len(tokens))
@@ -71,8 +71,8 @@ def test_scores_match_one_forward_pass_per_token(random_llama, tokens, rule, bat
     assert torch.equal(ours.same_top, expected.argmax(-1) == expected_reference.argmax(-1))
 
 
-def test_perplexity_matches_the_loss_of_transformers_on_separate_windows(random_llama, tokens):
-    model = random_llama()
+def test_perplexity_matches_the_loss_of_transformers_on_separate_windows(make_model, tokens):
+    model = make_model()
     tokens = tokens[:128]
     windows = window_rule(ctx=32, stride=32).windows(len(tokens))
     ours = perplexity(score_tokens(NamedModel("model", model), tokens, windows))
@@ -82,8 +82,8 @@ def test_perplexity_matches_the_loss_of_transformers_on_separate_windows(random_
     assert ours.ppl == pytest.approx(math.exp(loss), rel=1e-5)
 
 
-def test_perplexity_matches_the_hugging_face_guide(random_llama, tokens):
-    model, ctx, stride = random_llama(), 32, 12
+def test_perplexity_matches_the_hugging_face_guide(make_model, tokens):
+    model, ctx, stride = make_model(), 32, 12
     previous_end, negative_log_likelihood, count = 0, 0.0, 0
     for begin in range(0, len(tokens), stride):
         end = min(begin + ctx, len(tokens))
@@ -104,8 +104,8 @@ def test_perplexity_matches_the_hugging_face_guide(random_llama, tokens):
     assert ours.ppl == pytest.approx(math.exp(negative_log_likelihood / count), rel=1e-5)
 
 
-def test_a_model_does_not_diverge_from_itself_at_all(random_llama, tokens):
-    model = NamedModel("model", random_llama())
+def test_a_model_does_not_diverge_from_itself_at_all(make_model, tokens):
+    model = NamedModel("model", make_model())
     windows = window_rule(ctx=32, stride=8).windows(len(tokens))
     scores = score_tokens(model, tokens, windows, reference=model)
     assert torch.equal(scores.divergence, torch.zeros_like(scores.nll))
@@ -130,8 +130,8 @@ def test_small_divergences_are_not_drowned_by_rounding(change):
     assert bool((scores.divergence >= 0).all())
 
 
-def test_scoring_in_slices_of_rows_changes_nothing(random_llama, tokens, monkeypatch):
-    model, reference = NamedModel("model", random_llama(seed=0)), NamedModel("reference", random_llama(seed=1))
+def test_scoring_in_slices_of_rows_changes_nothing(make_model, tokens, monkeypatch):
+    model, reference = NamedModel("model", make_model(seed=0)), NamedModel("reference", make_model(seed=1))
     windows = window_rule(ctx=32, stride=8).windows(len(tokens))
     whole = score_tokens(model, tokens, windows, reference=reference)
     monkeypatch.setattr(scores_module, "_SLICE_VALUES", 64 * 5)
@@ -141,8 +141,8 @@ def test_scoring_in_slices_of_rows_changes_nothing(random_llama, tokens, monkeyp
     assert torch.equal(whole.same_top, sliced.same_top)
 
 
-def test_likelihoods_do_not_depend_on_a_reference(random_llama, tokens):
-    model, reference = NamedModel("model", random_llama(seed=0)), NamedModel("reference", random_llama(seed=1))
+def test_likelihoods_do_not_depend_on_a_reference(make_model, tokens):
+    model, reference = NamedModel("model", make_model(seed=0)), NamedModel("reference", make_model(seed=1))
     windows = window_rule(ctx=32, stride=8).windows(len(tokens))
     alone = score_tokens(model, tokens, windows)
     assert torch.equal(alone.nll, score_tokens(model, tokens, windows, reference=reference).nll)
@@ -151,8 +151,8 @@ def test_likelihoods_do_not_depend_on_a_reference(random_llama, tokens):
     assert divergence(alone) is None
 
 
-def test_results_per_token_are_small_vectors(random_llama, tokens):
-    model = NamedModel("model", random_llama())
+def test_results_per_token_are_small_vectors(make_model, tokens):
+    model = NamedModel("model", make_model())
     scores = score_tokens(model, tokens, window_rule(ctx=32, stride=8).windows(len(tokens)), reference=model)
     assert scores.nll.shape == scores.divergence.shape == scores.same_top.shape == (149,)
     assert (scores.nll.dtype, scores.divergence.dtype, scores.same_top.dtype) == (
@@ -162,11 +162,11 @@ def test_results_per_token_are_small_vectors(random_llama, tokens):
     )
 
 
-def test_progress_reaches_the_number_of_windows(random_llama, tokens):
+def test_progress_reaches_the_number_of_windows(make_model, tokens):
     calls = []
     windows = window_rule(ctx=32, stride=8).windows(len(tokens))
     score_tokens(
-        NamedModel("model", random_llama()),
+        NamedModel("model", make_model()),
         tokens,
         windows,
         batch_size=4,

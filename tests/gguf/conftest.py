@@ -1,12 +1,8 @@
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # for small_models, in whichever way pytest imports the tests
-
 from small_models import numbered_vocabulary, write_model
 
 from srd_modifier.gguf import plan

@@ -2,12 +2,12 @@
 
 import shutil
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from random_models import TINY_LLAMA
 from torch import Tensor
 
 from srd_modifier.errors import CheckpointError, ConfigError, SRDError
@@ -18,12 +18,6 @@ from srd_modifier.gguf.llamacpp import LlamaCpp
 from srd_modifier.gguf.mixture import FileType
 from srd_modifier.gguf.plan import ExportPlan, plan_export, write_plan
 from srd_modifier.gguf.reader import GGUFFile
-
-for name in ("gguf", "xllamacpp"):
-    if find_spec(name) is None:
-        pytest.skip(f"{name} is not installed; it comes with the gguf extra", allow_module_level=True)
-
-TINY_LLAMA = Path(__file__).parents[2] / "examples" / "tiny-llama"
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -1,11 +1,10 @@
 """The smoke test of the whole export: llama.cpp generates what the file's weights, dequantized, generate in torch."""
 
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from random_models import TINY_LLAMA
 from torch import Tensor
 
 from srd_modifier.evaluation.gguf import build_model
@@ -14,11 +13,6 @@ from srd_modifier.gguf.llamacpp import LlamaCpp
 from srd_modifier.gguf.mixture import FileType
 from srd_modifier.gguf.reader import GGUFFile
 
-for name in ("gguf", "xllamacpp"):
-    if find_spec(name) is None:
-        pytest.skip(f"{name} is not installed; it comes with the gguf extra", allow_module_level=True)
-
-TINY_LLAMA = Path(__file__).parents[2] / "examples" / "tiny-llama"
 PROMPTS = ["The river runs", "In spring the water", "A cell is", "Energy", "She said that", "1 2 3 4 5", "Most of the"]
 TOKENS = 24
 

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,6 @@ from srd_modifier.errors import CheckpointError
 from srd_modifier.gguf.families import family_of
 from srd_modifier.gguf.metadata import CalibrationText, Method, add_general
 from srd_modifier.gguf.weights import ModelWeights
-
-if find_spec("gguf") is None:
-    pytest.skip("gguf is not installed; it comes with the gguf extra", allow_module_level=True)
 
 CARD = """---
 license: apache-2.0

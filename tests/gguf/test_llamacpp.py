@@ -1,5 +1,4 @@
 import socket
-from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -9,10 +8,6 @@ import pytest
 from srd_modifier.errors import MissingExtraError, SRDError
 from srd_modifier.gguf import llamacpp
 from srd_modifier.gguf.llamacpp import LlamaCpp
-
-for name in ("gguf", "xllamacpp"):
-    if find_spec(name) is None:
-        pytest.skip(f"{name} is not installed; it comes with the gguf extra", allow_module_level=True)
 
 SHARED = Path(__file__).parents[3] / "shared" / "models"
 TOKENS = ["<bos>", "<eos>", *"abcdefgh", "ab"]

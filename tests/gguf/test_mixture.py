@@ -1,6 +1,5 @@
 import json
 import random
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,6 @@ import pytest
 from srd_modifier.errors import ConfigError
 from srd_modifier.gguf.ggml import GGMLType
 from srd_modifier.gguf.mixture import FileType, ModelShape, allowed, fall_back, read_override, tensor_types
-
-if find_spec("gguf") is None:
-    pytest.skip("gguf is not installed; it comes with the gguf extra", allow_module_level=True)
 
 # what llama.cpp's quantizer chose; the file says how it was made
 GOLDEN = json.loads((Path(__file__).parent / "golden_mixtures.json").read_text(encoding="utf-8"))

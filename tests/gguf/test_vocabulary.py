@@ -3,7 +3,6 @@ import shutil
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,6 @@ from srd_modifier.gguf.llamacpp import LlamaCpp
 from srd_modifier.gguf.vocabulary import Vocabulary, read_vocabulary, reading
 from srd_modifier.gguf.vocabulary.verification import COMPOSITION, MARK, PREFIX, write_probe
 from srd_modifier.gguf.vocabulary.vocabulary import TokenType
-
-for name in ("gguf", "xllamacpp"):
-    if find_spec(name) is None:
-        pytest.skip(f"{name} is not installed; it comes with the gguf extra", allow_module_level=True)
 
 SHARED = Path(__file__).parents[3] / "shared" / "models"
 SPACE = "\u2581"

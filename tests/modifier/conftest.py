@@ -1,6 +1,5 @@
 """What the quantizer alone saves, checkpoints read by hand, and forwards that must not happen."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,8 @@ from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from loguru import logger
+from pack_quantized import all_w4
+from random_models import make_llama, make_mixture, save_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -26,28 +27,6 @@ def _read(directory: Path) -> dict[str, Tensor]:
     return {
         name: tensor for path in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(path).items()
     }
-
-
-def _nibbles(packed: Tensor) -> Tensor:
-    """The eight 4-bit values of every int32, lowest bits first: int64 `[rows, 8 * words]`."""
-    shifts = torch.arange(0, 32, 4)
-    return ((packed.long().unsqueeze(-1) >> shifts) & 15).flatten(1)
-
-
-def _base_weights(directory: Path) -> dict[str, Tensor]:
-    """The W4 weight of every packed module in float64, from the definition of `pack-quantized`."""
-    tensors = _read(directory)
-    weights = {}
-    for name in [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]:
-        out_features, in_features = tensors[f"{name}.weight_shape"].tolist()
-        scale = tensors[f"{name}.weight_scale"].double()
-        columns = in_features // scale.shape[1]
-        codes = _nibbles(tensors[f"{name}.weight_packed"])[:, :in_features] - 8
-        if f"{name}.weight_zero_point" in tensors:
-            zeros = _nibbles(tensors[f"{name}.weight_zero_point"].t())[:, :out_features].t() - 8
-            codes = codes - zeros.repeat_interleave(columns, dim=1)
-        weights[name] = codes * scale.repeat_interleave(columns, dim=1)
-    return weights
 
 
 def _residuals(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -71,11 +50,6 @@ def read() -> Callable[[Path], dict[str, Tensor]]:
 
 
 @pytest.fixture(scope="session")
-def base_weights() -> Callable[[Path], dict[str, Tensor]]:
-    return _base_weights
-
-
-@pytest.fixture(scope="session")
 def directory_bytes() -> Callable[[Path], dict[str, bytes]]:
     """The bytes of every file below a directory, by relative path."""
     return _bytes
@@ -91,7 +65,7 @@ def assert_within_half_a_step() -> Callable[..., None]:
     """Every residual of a checkpoint decodes to `weights - W4`, no entry further off than half a step."""
 
     def check(directory: Path, weights: dict[str, Tensor], *, modules: int = 42) -> None:
-        base, residuals = _base_weights(directory), _residuals(directory)
+        base, residuals = all_w4(_read(directory)), _residuals(directory)
         assert len(residuals) == modules
         for name, (residual, scale) in residuals.items():
             weight = weights[f"{name}.weight"].double()
@@ -129,67 +103,31 @@ def quantize(quantize: Callable[..., Path]) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def small_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of three small layers with random bf16 weights, for what takes long.
-
-    Its norms differ from column to column, as those of a trained model do, so that columns are not worth the same.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=4096,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = LlamaForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):
-            torch.nn.init.normal_(parameter, std=0.7).data.exp_()
-    return _with_tokenizer(model, tiny_llama, tmp_path_factory.mktemp("models") / "small-llama")
+def small_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of three small layers with random bf16 weights and uneven norms, for what takes long."""
+    model = make_llama(num_hidden_layers=3, uneven_norms=True)
+    return save_model(model, tmp_path_factory.mktemp("models") / "small-llama")
 
 
 @pytest.fixture(scope="session")
-def small_mixture(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen3 mixture of experts of two layers; the router of the second sends no token to its last one."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+def small(quantize: Callable[..., Path], small_llama: Path) -> Callable[..., Path]:
+    """Quantize the small Llama with calibration data."""
 
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        hidden_size=64,
-        moe_intermediate_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=4096,
-        num_experts=5,
-        num_experts_per_tok=2,
-        decoder_sparse_step=1,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-    )
-    model = Qwen3MoeForCausalLM(config)
+    def run(recipe: Any, output: Path, **kwargs: Any) -> Path:
+        return quantize(recipe, output, **{"model": small_llama, "data": True, **kwargs})
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def small_mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 mixture of experts of two layers; the router of the second sends no token to its last one."""
+    model = make_mixture(num_experts=5)
     with torch.no_grad():
         # of a logit and its negative one is above 0, so that two of the first four are above the last one's
         router = model.model.layers[1].mlp.gate.weight
         router[1], router[3], router[4] = -router[0], -router[2], 0.0
-    return _with_tokenizer(model, tiny_llama, tmp_path_factory.mktemp("models") / "small-mixture")
-
-
-def _with_tokenizer(model: Any, tokenizer: Path, directory: Path) -> Path:
-    model.to(torch.bfloat16).save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tokenizer / name, directory / name)
-    return directory
+    return save_model(model, tmp_path_factory.mktemp("models") / "small-mixture")
 
 
 @pytest.fixture(scope="session")

@@ -163,7 +163,7 @@ def test_a_yaml_recipe_does_what_the_python_recipe_does(
 
 @pytest.mark.parametrize("position", ["before", pytest.param("after", marks=pytest.mark.slow)])
 def test_the_residual_is_taken_from_the_transformed_weights(
-    position, quantize, make_recipe, group_scheme, read, assert_within_half_a_step, tmp_path
+    position, quantize, group_scheme, read, assert_within_half_a_step, tmp_path
 ):
     # smoothing rewrites the weights before they are quantized: what is lost is lost of the smoothed model
     smoothed = read(quantize([SmoothQuantModifier()], tmp_path / "smoothed", data=True))
@@ -187,9 +187,7 @@ def test_a_quantizer_with_an_importance_observer(quantize, group_scheme, origina
     assert (output / "srd" / "importance.safetensors").is_file()
 
 
-def test_a_model_object_is_quantized_as_its_directory_is(
-    random_llama, quantized_model, make_recipe, directory_bytes, tmp_path
-):
+def test_a_model_object_is_quantized_as_its_directory_is(random_llama, make_recipe, directory_bytes, tmp_path):
     from transformers import AutoModelForCausalLM
 
     for name, model in (("object", AutoModelForCausalLM.from_pretrained(random_llama)), ("path", str(random_llama))):
@@ -254,7 +252,6 @@ class TestAutoRound:
 
     @pytest.fixture(scope="class")
     def recipe(self, group_scheme):
-        pytest.importorskip("auto_round")
         from llmcompressor.modifiers.autoround import AutoRoundModifier
 
         def make(*, alone: bool = False, symmetric: bool = True) -> list[Any]:

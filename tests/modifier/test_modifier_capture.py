@@ -9,6 +9,7 @@ import pytest
 import torch
 from llmcompressor.core import reset_session
 from llmcompressor.modifiers.gptq import GPTQModifier
+from pack_quantized import all_w4
 from safetensors.torch import load_file, save_file
 
 from srd_modifier import SRDModifier
@@ -164,7 +165,7 @@ def test_large_weights_are_encoded_in_blocks_of_rows_with_the_same_result(
 
 
 @pytest.fixture(scope="module")
-def on_the_grid(random_llama, tmp_path_factory, group_scheme) -> Path:
+def on_the_grid(random_llama, tmp_path_factory) -> Path:
     """The random Llama with weights that asymmetric groups of 32 hold exactly: codes times a power of two."""
     directory = tmp_path_factory.mktemp("grid") / "model"
     directory.mkdir()
@@ -182,13 +183,11 @@ def on_the_grid(random_llama, tmp_path_factory, group_scheme) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["gptq", "itself", "round-to-nearest"])
-def test_a_model_that_was_quantized_before_is_refused(
-    kind, on_the_grid, quantize, make_recipe, group_scheme, base_weights, tmp_path
-):
+def test_a_model_that_was_quantized_before_is_refused(kind, on_the_grid, quantize, make_recipe, group_scheme, tmp_path):
     scheme = group_scheme(32, symmetric=False)
     alone = quantize(make_recipe("gptq", scheme, alone=True), tmp_path / "alone", model=on_the_grid, data=True)
     original = load_file(on_the_grid / "model.safetensors")
-    for name, weight in base_weights(alone).items():  # nothing is lost, as intended
+    for name, weight in all_w4(load_file(alone / "model.safetensors")).items():  # nothing is lost, as intended
         assert torch.equal(weight, original[f"{name}.weight"].double())
     with pytest.raises(RecipeError, match="lost nothing, its weights were on the 4-bit grid before"):
         quantize(make_recipe(kind, scheme), tmp_path / "srd", model=on_the_grid, data=True)
@@ -238,7 +237,7 @@ def change_a_weight(model: torch.nn.Module) -> Callable[[], None]:
     return lambda: weight.data.copy_(before)
 
 
-def test_weights_that_changed_before_saving_are_noticed(quantized_model, make_recipe, directory_bytes, tmp_path):
+def test_weights_that_changed_before_saving_are_noticed(quantized_model, make_recipe, tmp_path):
     model = quantized_model(make_recipe("gptq"))
     change_a_weight(model)
     with pytest.raises(

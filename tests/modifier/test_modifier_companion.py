@@ -133,7 +133,7 @@ def test_a_budget_that_cannot_be_met_is_refused(quantize, make_recipe, small_lla
     )
 
 
-def test_a_model_that_llamacpp_does_not_know_is_refused(quantize, make_recipe, small_llama, tmp_path, forwards) -> None:
+def test_a_model_that_llamacpp_does_not_know_is_refused(small_llama, tmp_path, forwards) -> None:
     directory = Path(shutil.copytree(small_llama, tmp_path / "model"))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (directory / name).unlink()

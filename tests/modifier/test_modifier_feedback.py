@@ -34,16 +34,6 @@ MODULES = 21  # seven in each of the small Llama's three layers
 
 
 @pytest.fixture
-def small(quantize, small_llama) -> Callable[..., Path]:
-    """Quantize the small Llama with calibration data."""
-
-    def run(recipe: Any, output: Path, **kwargs: Any) -> Path:
-        return quantize(recipe, output, **{"model": small_llama, "data": True, **kwargs})
-
-    return run
-
-
-@pytest.fixture
 def feedback(group_scheme) -> Callable[..., SRDModifier]:
     """SRDModifier with a base of its own, rounded with feedback."""
 
@@ -219,7 +209,7 @@ def test_formats_of_every_kind(settings, small, make_recipe, tmp_path):
     assert len(sidecar.entries) == MODULES
 
 
-def test_two_modifiers_with_feedback_of_a_gptq_base(small, group_scheme, read, divergence, small_llama, tmp_path):
+def test_two_modifiers_with_feedback_of_a_gptq_base(small, group_scheme, divergence, small_llama, tmp_path):
     srd: dict[str, Any] = {"residual_group_size": 32, "rounding": "feedback"}
     recipe: list[Modifier] = [
         SRDModifier(targets=["re:.*self_attn"], residual_bits=4, **srd),
@@ -385,7 +375,7 @@ def test_nothing_is_left_on_the_disk(kind, small, feedback, make_recipe, tmp_pat
 
 
 @pytest.mark.parametrize("pipeline", ["datafree", "independent"])
-def test_a_base_without_calibration_forwards_is_refused(pipeline, small, feedback, make_recipe, forwards, tmp_path):
+def test_a_base_without_calibration_forwards_is_refused(pipeline, small, feedback, forwards, tmp_path):
     if pipeline == "datafree":
         with pytest.raises(RecipeError, match=r"q_proj saw no calibration data, which feedback and sensitivity need"):
             small(feedback(), tmp_path / "srd", pipeline=pipeline)
@@ -396,7 +386,7 @@ def test_a_base_without_calibration_forwards_is_refused(pipeline, small, feedbac
     assert not (tmp_path / "srd").exists()
 
 
-def test_a_model_that_was_quantized_before_is_refused(small, feedback, group_scheme, small_llama, read, tmp_path):
+def test_a_model_that_was_quantized_before_is_refused(small, group_scheme, small_llama, read, tmp_path):
     grid = Path(shutil.copytree(small_llama, tmp_path / "grid"))
     generator = torch.Generator().manual_seed(0)
     tensors = read(small_llama)

@@ -42,16 +42,6 @@ NAMES = [
 
 
 @pytest.fixture
-def small(quantize, small_llama) -> Callable[..., Path]:
-    """Quantize the small Llama with calibration data."""
-
-    def run(recipe: Any, output: Path, **kwargs: Any) -> Path:
-        return quantize(recipe, output, **{"model": small_llama, "data": True, **kwargs})
-
-    return run
-
-
-@pytest.fixture
 def srd(group_scheme) -> Callable[..., SRDModifier]:
     """SRDModifier that quantizes modules by itself, or nothing if these are None."""
 
@@ -256,7 +246,7 @@ def test_two_modifiers_have_one_sensitivity(kind, attention, mlp, pipeline, smal
     ids=["both-bases", "first-base", "second-base", "second-residual", "first-residual"],
 )
 def test_two_modifiers_that_quantize_themselves(
-    attention, mlp, pipeline, small, srd, read, small_llama, divergence, tmp_path
+    attention, mlp, pipeline, small, srd, small_llama, divergence, tmp_path
 ):
     output = small([srd(ATTENTION, **attention), srd(MLP, **mlp)], tmp_path / "srd", pipeline=pipeline)
     sidecar = Sidecar.open(output)

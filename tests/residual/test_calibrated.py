@@ -241,18 +241,17 @@ def test_blocks_of_rows_change_next_to_nothing(monkeypatch: pytest.MonkeyPatch) 
     residual, kind = residual_of(23), "low rank"
     whole = encode_calibrated(residual, FORMATS, hessian_of(kind))
     base = quantize_base(weight_of(23), hessian_of(kind), group_size=64)
-    for entries in (10 * COLUMNS,):  # three blocks, the last one of 3 rows
-        monkeypatch.setattr(calibrated, "_BLOCK_ENTRIES", entries)
-        for fmt, one, other in zip(FORMATS, encode_calibrated(residual, FORMATS, hessian_of(kind)), whole, strict=True):
-            if fmt.sparse:
-                # the scales of a block are taken or left together, so other blocks may keep other entries
-                assert mask_of(one, COLUMNS).sum() == fmt.kept(23, COLUMNS)
-                assert loss_left(residual, one, fmt, kind) < 1.2 * loss_left(residual, other, fmt, kind)
-            else:
-                decoded, expected = (decode(some, fmt, in_features=COLUMNS) for some in (one, other))
-                assert (decoded != expected).any(dim=1).sum() <= 1
-        again = quantize_base(weight_of(23), hessian_of(kind), group_size=64)
-        assert (again.codes != base.codes).any(dim=1).sum() <= 1
+    monkeypatch.setattr(calibrated, "_BLOCK_ENTRIES", 10 * COLUMNS)  # three blocks, the last one of 3 rows
+    for fmt, one, other in zip(FORMATS, encode_calibrated(residual, FORMATS, hessian_of(kind)), whole, strict=True):
+        if fmt.sparse:
+            # the scales of a block are taken or left together, so other blocks may keep other entries
+            assert mask_of(one, COLUMNS).sum() == fmt.kept(23, COLUMNS)
+            assert loss_left(residual, one, fmt, kind) < 1.2 * loss_left(residual, other, fmt, kind)
+        else:
+            decoded, expected = (decode(some, fmt, in_features=COLUMNS) for some in (one, other))
+            assert (decoded != expected).any(dim=1).sum() <= 1
+    again = quantize_base(weight_of(23), hessian_of(kind), group_size=64)
+    assert (again.codes != base.codes).any(dim=1).sum() <= 1
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: f"{fmt.bits}-{fmt.density:g}")

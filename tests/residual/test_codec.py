@@ -1,3 +1,4 @@
+from functools import partial
 from itertools import product
 
 import pytest
@@ -15,6 +16,7 @@ from srd_modifier.residual import (
     level_range,
     nearest_levels,
 )
+from srd_modifier.residual.codec import row_blocks
 from srd_modifier.residual.rounding import uniform_noise
 
 ROUNDINGS = ("nearest", "stochastic", "dithered")
@@ -230,7 +232,7 @@ def test_blocks_of_rows_change_nothing(fmt: ResidualFormat, monkeypatch: pytest.
     whole = encode(residual, fmt, key="k", importance=importance)
     decoded = decode(whole, fmt, in_features=100, key="k")
     for entries in (1, 100, 450):
-        monkeypatch.setattr(codec, "_BLOCK_ENTRIES", entries)
+        monkeypatch.setattr(codec, "row_blocks", partial(row_blocks, entries=entries))
         blocked = encode(residual, fmt, key="k", importance=importance)
         for name, tensor in whole.tensors().items():
             assert torch.equal(blocked.tensors()[name], tensor)

@@ -46,7 +46,7 @@ def test_bytes_written_by_hand(values: list[int], bits: int, packed: list[int]) 
     assert unpack(torch.tensor([packed], dtype=torch.uint8), bits, len(values)).tolist() == [values]
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(matrices())
 def test_round_trip_and_reference(case: tuple[list[list[int]], int]) -> None:
     rows, bits = case

@@ -5,7 +5,6 @@ import math
 import random
 import subprocess
 import sys
-import time
 from typing import Any
 
 import pytest
@@ -193,7 +192,7 @@ def test_the_fewest_bytes_of_all_choices(seed: int) -> None:
         assert best <= spending.bytes <= best * (1 + 1e-6)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(
         st.lists(
@@ -415,14 +414,12 @@ def test_scipy_is_only_imported_to_spend() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [3_000, 12_000])
-def test_a_large_mixture_of_experts(count: int, record_property: Any) -> None:
+def test_a_large_mixture_of_experts(count: int) -> None:
     groups = model_problem(count, 8, 7)
     smallest, largest = limits(groups)
     for percent in (5, 40, 90):
         limit = smallest.bytes + (largest.bytes - smallest.bytes) * percent // 100
-        start = time.perf_counter()
         spending = spend(groups, max_bytes=limit)
-        record_property(f"seconds at {percent} %", time.perf_counter() - start)
         check(groups, spending)
         assert 0.995 * limit <= spending.bytes <= limit
         assert spending.gap <= 1.001e-4
@@ -430,4 +427,3 @@ def test_a_large_mixture_of_experts(count: int, record_property: Any) -> None:
         check(groups, back)
         assert back.damage <= spending.damage
         assert back.gap <= 1.001e-4
-        print(f"{count} groups, {percent} %: {time.perf_counter() - start:.2f} s both ways, gap {spending.gap:.1e}")

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from random_models import make_llama
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
@@ -36,20 +36,7 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 @pytest.fixture
 def model() -> LlamaForCausalLM:
     """Two small layers; weights larger than usual, so that its predictions are not all alike."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        initializer_range=0.15,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
+    return make_llama(intermediate_size=96, vocab_size=VOCABULARY, initializer_range=0.15)
 
 
 @pytest.fixture
@@ -328,7 +315,7 @@ def test_an_expert_that_is_never_reached_gets_zeros(mixture: MixtralForCausalLM,
 # --- the forward method
 
 
-def test_forward_gives_one_number_per_module_near_the_mean(model: LlamaForCausalLM, batches: list) -> None:
+def test_forward_gives_one_number_per_module_near_the_mean(model: LlamaForCausalLM) -> None:
     many = [{"input_ids": torch.randint(VOCABULARY, (8, 64), generator=torch.Generator().manual_seed(5))}] * 2
     exact = output_sensitivity(model, many, linears(model))
     found = output_sensitivity(model, many, linears(model), method="forward")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from pack_quantized import all_w4
+from random_models import make_llama, make_mixture, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 GROUP = 32  # columns per scale of the residuals in these tests, all of 8 bits
@@ -33,12 +36,6 @@ for directory, dtype, output in json.loads(sys.argv[1]):
     save_file({**tensors, "logits": logits}, output)
 print(sorted(name for name in sys.modules if name.startswith("srd_modifier")))
 """
-
-
-def _nibbles(packed: Tensor) -> Tensor:
-    """The eight 4-bit values of every int32, lowest bits first: int64 `[rows, 8 * words]`."""
-    shifts = torch.arange(0, 32, 4)
-    return ((packed.long().unsqueeze(-1) >> shifts) & 15).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -64,22 +61,12 @@ def by_hand() -> Callable[[Path], ByHand]:
         stored = {
             k: v for path in (directory / "srd").glob("residual*.safetensors") for k, v in load_file(path).items()
         }
-        base = {}
-        for name in [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]:
-            out_features, in_features = tensors[f"{name}.weight_shape"].tolist()
-            scale = tensors[f"{name}.weight_scale"].double()
-            columns = in_features // scale.shape[1]
-            codes = _nibbles(tensors[f"{name}.weight_packed"])[:, :in_features] - 8
-            if f"{name}.weight_zero_point" in tensors:
-                zeros = _nibbles(tensors[f"{name}.weight_zero_point"].t())[:, :out_features].t() - 8
-                codes = codes - zeros.repeat_interleave(columns, dim=1)
-            base[name] = codes * scale.repeat_interleave(columns, dim=1)
         residual = {
             name: stored[f"{name}.weight_d8"] * scale.double().repeat_interleave(GROUP, dim=1)
             for name, scale in ((k.removesuffix(".weight_d8_scale"), v) for k, v in stored.items())
             if f"{name}.weight_d8_scale" in stored
         }
-        return ByHand(base, residual)
+        return ByHand(all_w4(tensors), residual)
 
     return read
 
@@ -146,15 +133,11 @@ def tied_checkpoint(quantize, tiny_llama, group_scheme, tmp_path_factory) -> Pat
 
 
 @pytest.fixture(scope="session")
-def small_checkpoint(quantize, random_llama, group_scheme, tmp_path_factory) -> Path:
+def subnormal_checkpoint(quantize, random_llama, group_scheme, tmp_path_factory) -> Path:
     """With rows of weights so small that their scales are among float16's subnormal numbers."""
-    import shutil
-
-    from safetensors.torch import save_file
-
     from srd_modifier import SRDModifier
 
-    model = Path(shutil.copytree(random_llama, tmp_path_factory.mktemp("small") / "original"))
+    model = Path(shutil.copytree(random_llama, tmp_path_factory.mktemp("subnormal") / "original"))
     tensors = load_file(model / "model.safetensors")
     for name, tensor in tensors.items():
         if "_proj" in name:
@@ -165,34 +148,12 @@ def small_checkpoint(quantize, random_llama, group_scheme, tmp_path_factory) -> 
 
 
 @pytest.fixture(scope="session")
-def float32_checkpoint(quantize, tiny_llama, group_scheme, tmp_path_factory) -> Path:
+def float32_checkpoint(quantize, group_scheme, tmp_path_factory) -> Path:
     """Of a float32 model with biases: its scales have more digits than the 16-bit types it may be loaded in."""
-    import shutil
-
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from srd_modifier import SRDModifier
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=4096,
-        max_position_embeddings=256,
-        attention_bias=True,
-        mlp_bias=True,
-    )
-    model = LlamaForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)
-    directory = tmp_path_factory.mktemp("float32") / "original"
-    model.save_pretrained(directory)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny_llama / file, directory)
+    model = make_llama(attention_bias=True, mlp_bias=True)
+    directory = save_model(model, tmp_path_factory.mktemp("float32") / "original", torch.float32)
     recipe = SRDModifier(
         config_groups=group_scheme(32), ignore=["lm_head"], residual_group_size=GROUP, scale_dtype="float32"
     )
@@ -200,34 +161,11 @@ def float32_checkpoint(quantize, tiny_llama, group_scheme, tmp_path_factory) -> 
 
 
 @pytest.fixture(scope="session")
-def mixture_checkpoint(quantize, tiny_llama, group_scheme, tmp_path_factory) -> Path:
+def mixture_checkpoint(quantize, group_scheme, tmp_path_factory) -> Path:
     """A Qwen3 mixture of experts: two layers of four experts, random weights."""
-    import shutil
-
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
     from srd_modifier import SRDModifier
 
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        hidden_size=64,
-        moe_intermediate_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=4096,
-        num_experts=4,
-        num_experts_per_tok=2,
-        decoder_sparse_step=1,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-    )
-    model = tmp_path_factory.mktemp("mixture") / "original"
-    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(model)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny_llama / file, model)
+    model = save_model(make_mixture(num_experts=4), tmp_path_factory.mktemp("mixture") / "original")
     ignore = ["lm_head", "re:.*mlp.gate$"]
     recipe = SRDModifier(config_groups=group_scheme(32), ignore=ignore, residual_group_size=GROUP)
     return quantize(recipe, model.with_name("model"), model=model)
@@ -262,7 +200,7 @@ def plain(
     finished_checkpoint,
     partial_checkpoint,
     tied_checkpoint,
-    small_checkpoint,
+    subnormal_checkpoint,
     float32_checkpoint,
     mixture_checkpoint,
     resaved,
@@ -272,7 +210,7 @@ def plain(
         "finished": finished_checkpoint,
         "partial": partial_checkpoint,
         "tied": tied_checkpoint,
-        "small": small_checkpoint,
+        "subnormal": subnormal_checkpoint,
         "float32": float32_checkpoint,
         "mixture": mixture_checkpoint,
         "resaved": resaved,

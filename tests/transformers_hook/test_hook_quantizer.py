@@ -48,7 +48,7 @@ def test_the_dtype_is_the_checkpoints_own_by_default(finished_checkpoint):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["finished", "partial", "small", "float32"])
+@pytest.mark.parametrize("name", ["finished", "partial", "subnormal", "float32"])
 def test_alpha_zero_is_the_plain_model_bit_for_bit(name, dtype, request, plain, logits):
     directory = request.getfixturevalue(f"{name}_checkpoint")
     model = load_corrected(directory, alpha=0, dtype=DTYPES[dtype])

@@ -742,7 +742,7 @@ def test_calibration_and_the_mixture_of_a_budget_pay(tiny_llama: Path, wikitext:
     text = tmp_path / "text.txt"
     text.write_text(wikitext[:60_000], encoding="utf-8")
     imatrix = tmp_path / "imatrix.gguf"
-    calibration = Calibration(str(train), device="cpu")
+    calibration = Calibration(str(train), num_samples=16, device="cpu")
     calibrated = export_gguf(tiny_llama, tmp_path / "calibrated.gguf", calibration=calibration, imatrix_output=imatrix)
     plain = export_gguf(tiny_llama, tmp_path / "plain.gguf", imatrix=imatrix)
     mixed = export_gguf(tiny_llama, tmp_path / "mixed.gguf", calibration=calibration, budget=Budget(bytes=plain.bytes))
@@ -755,4 +755,4 @@ def test_calibration_and_the_mixture_of_a_budget_pay(tiny_llama: Path, wikitext:
 
     reference = score(plain)
     assert score(calibrated) < 0.48 * reference
-    assert score(mixed) < 0.40 * reference
+    assert score(mixed) < 0.33 * reference

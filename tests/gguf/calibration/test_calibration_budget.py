@@ -143,7 +143,7 @@ def choices(draw: st.DrawFn) -> tuple[dict[str, dict[GGMLType, float]], dict[str
     return damages, sizes
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(given_choices=choices(), share=st.floats(0, 1.1))
 def test_the_best_within_the_bytes(
     given_choices: tuple[dict[str, dict[GGMLType, float]], dict[str, dict[GGMLType, int]]], share: float

@@ -372,5 +372,5 @@ def test_a_trained_model(tiny_llama: Path, whole: Whole, tmp_path: Path, monkeyp
     ours, on_known = divergence(model, others, expected), divergence(model, samples, known)
     model = whole(tiny_llama)
     put(model, tensors, ggmls_own(weights, types, result.mean_squares), types)
-    assert ours < 0.75 * divergence(model, others, expected)
+    assert ours < 0.5 * divergence(model, others, expected)
     assert 0.5 < result.predicted / on_known < 2

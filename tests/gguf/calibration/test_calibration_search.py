@@ -1,7 +1,6 @@
 """Codes, scales and mins against ggml's own under the loss that they are chosen for, measured in float64."""
 
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,10 +14,6 @@ from srd_modifier.gguf.calibration import search
 from srd_modifier.gguf.calibration.search import QUICK, THOROUGH, Turn, quantize_calibrated
 from srd_modifier.gguf.ggml import GGMLType
 from srd_modifier.residual.hessian import Hessian
-
-for name in ("gguf", "xllamacpp"):
-    if find_spec(name) is None:
-        pytest.skip(f"{name} is not installed; it comes with the gguf extra", allow_module_level=True)
 
 TYPES = list(LAYOUTS)
 WITH_MINS = [ggml_type for ggml_type in TYPES if LAYOUTS[ggml_type].has_min]
@@ -101,7 +96,7 @@ MOMENTS: dict[str, Callable[[int, int], Tensor]] = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     ggml_type=st.sampled_from(TYPES),
     weight=st.sampled_from(list(WEIGHTS)),
