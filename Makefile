@@ -63,7 +63,7 @@ $(SERVING_INSTALLED): pyproject.toml constraints-vllm.txt
 	$(SERVING_BIN)/python -m pip install '$(TORCH)+cpu' || $(SERVING_BIN)/python -m pip install '$(TORCH)+cpu' \
 		--index-url https://download.pytorch.org/whl/cpu
 	PIP_CONSTRAINT=constraints-vllm.txt PIP_BUILD_CONSTRAINT=constraints-vllm.txt \
-		$(SERVING_BIN)/python -m pip install '$(VLLM)' pytest -e .
+		$(SERVING_BIN)/python -m pip install '$(VLLM)' pytest pytest-xdist -e .
 	$(SERVING_BIN)/python -m pip uninstall --yes torchvision torchaudio torchcodec
 	touch $@
 
@@ -79,10 +79,9 @@ test: lint
 test-fast: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow'
 
-# one at a time: an engine and the test that asks it are two processes already
 ifdef CAN_SERVE
 test-serving: $(SERVING_INSTALLED)
-	OMP_NUM_THREADS=1 $(SERVING_BIN)/python -m pytest tests/vllm_plugin
+	OMP_NUM_THREADS=1 $(SERVING_BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/vllm_plugin
 else
 test-serving:
 	@echo "vLLM needs Python 3.11 or newer, $(PYTHON) is older: the tests that run it are left out"

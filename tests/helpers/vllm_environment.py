@@ -11,13 +11,15 @@ def environment(*, multiprocessing: bool = False, ranks: int = 1, plugin: bool =
         ranks: of the model, each a process of its own if there are two.
         plugin: whether vLLM loads this package.
     """
+    # one core to each of pytest's workers (gw0, gw1, ...), where engines do not share them anyway
+    core = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % (os.cpu_count() or 1)
     return {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_INT4_W4A8": "0",  # with AMX, activations would be rounded to int8
-        "VLLM_CPU_OMP_THREADS_BIND": "0|1" if multiprocessing or ranks > 1 else "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1" if multiprocessing or ranks > 1 else str(core),
         "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(multiprocessing)),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_PLUGINS": "srd" if plugin else "",
