@@ -10,7 +10,7 @@ from compressed_tensors.utils import get_direct_state_dict, replace_direct_state
 from torch import nn
 
 from srd_modifier.checkpoint.sidecar import Sidecar
-from srd_modifier.transformers.weights import find_module, find_stack, store_weight
+from srd_modifier.transformers.weights import find_module, find_stack, find_weight, store_weight
 
 _BASE_STATE = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
@@ -39,7 +39,8 @@ def _correct(model: nn.Module, sidecar: Sidecar, alphas: dict[str, float]) -> No
     for name, alpha in alphas.items():
         module = find_module(model, name)
         if module is None:
-            continue  # a stacked expert
+            find_weight(model, name)  # a stacked expert, or an error
+            continue
         state = get_direct_state_dict(module)
         scale = state["weight_scale"]
         weight = sidecar.correct(name, alpha, scale.dtype, scale.device)
@@ -55,16 +56,16 @@ def _correct_stacks(model: nn.Module, sidecar: Sidecar, alphas: dict[str, float]
     dtype: Any = getattr(model.config, "dtype", None) or model.dtype
     stacks: dict[tuple[nn.Module, str], list[str]] = {}
     for name in sidecar.base.quantized_modules:
-        if find_module(model, name) is None:
-            stacks.setdefault(find_stack(model, name), []).append(name)
+        stack = find_stack(model, name)
+        if stack is not None:
+            stacks.setdefault(stack, []).append(name)
     for (module, parameter), names in stacks.items():
-        stack = getattr(module, parameter)
-        rounded = stack.dtype != dtype
+        whole = getattr(module, parameter)
+        rounded = whole.dtype != dtype
         if rounded:
-            module.register_parameter(parameter, nn.Parameter(stack.to(dtype), requires_grad=stack.requires_grad))
+            module.register_parameter(parameter, nn.Parameter(whole.to(dtype), requires_grad=whole.requires_grad))
         for name in names if rounded else alphas.keys() & names:
-            correct = sidecar.correct(name, alphas.get(name, 0.0), dtype, stack.device)
-            store_weight(model, name, correct)
+            store_weight(model, name, sidecar.correct(name, alphas.get(name, 0.0), dtype, whole.device))
 
 
 def _dequantize_others(model: nn.Module) -> bool:

@@ -22,10 +22,10 @@ def find_weight(model: nn.Module, name: str) -> Tensor:
     return part(getattr(module, parameter))
 
 
-def find_stack(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module and the name of its parameter of which the weight that `find_weight` finds is a part."""
-    module, parameter, _ = _locate(model, name)
-    return module, parameter
+def find_stack(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
+    """The module and the name of its parameter in which an expert is stacked, or None for what is no such expert."""
+    found = (_locate_expert(model, candidate) for candidate in _candidates(model, name))
+    return next((expert[:2] for expert in found if expert is not None), None)
 
 
 def store_weight(model: nn.Module, name: str, value: Tensor) -> None:
