@@ -67,55 +67,40 @@ class Arrival:
         self.loaded = True
 
 
+class _Merged(Arrival):
+    """`merge` for a layer with one weight, whatever method of vLLM's computes it."""
+
+    compute = "merge"
+
+    def __init__(self, parts: tuple[str, ...]) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        *sizes: Any,
+        **attributes: Any,
+    ) -> None:
+        super().create_weights(  # type: ignore[misc]
+            layer, input_size_per_partition, output_partition_sizes, *sizes, **attributes
+        )
+        self.expect(self.parts, output_partition_sizes, layer.weight)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        self.check(layer.weight)
+        super().process_weights_after_loading(layer)  # type: ignore[misc]
+
+
 @register_weight_loader_v2_supported_method
-class MergedLinearMethod(UnquantizedLinearMethod, Arrival):
+class MergedLinearMethod(_Merged, UnquantizedLinearMethod):
     """`merge` for a linear layer."""
 
-    compute = "merge"
 
-    def __init__(self, parts: tuple[str, ...]) -> None:
-        super().__init__()
-        self.parts = parts
-
-    def create_weights(  # noqa: D102 - as in the base class
-        self,
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        *sizes: Any,
-        **attributes: Any,
-    ) -> None:
-        super().create_weights(layer, input_size_per_partition, output_partition_sizes, *sizes, **attributes)
-        self.expect(self.parts, output_partition_sizes, layer.weight)
-
-    def process_weights_after_loading(self, layer: Any) -> None:  # noqa: D102
-        self.check(layer.weight)
-        super().process_weights_after_loading(layer)
-
-
-class MergedHeadMethod(UnquantizedEmbeddingMethod, Arrival):
+class MergedHeadMethod(_Merged, UnquantizedEmbeddingMethod):
     """`merge` for an output head, whose rows vLLM pads."""
-
-    compute = "merge"
-
-    def __init__(self, parts: tuple[str, ...]) -> None:
-        super().__init__()
-        self.parts = parts
-
-    def create_weights(  # noqa: D102
-        self,
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        *sizes: Any,
-        **attributes: Any,
-    ) -> None:
-        super().create_weights(layer, input_size_per_partition, output_partition_sizes, *sizes, **attributes)
-        self.expect(self.parts, output_partition_sizes, layer.weight)
-
-    def process_weights_after_loading(self, layer: Any) -> None:  # noqa: D102
-        self.check(layer.weight)
-        super().process_weights_after_loading(layer)
 
 
 class MergedExpertsMethod(UnquantizedFusedMoEMethod):

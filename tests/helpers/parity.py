@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from random_models import TINY_LLAMA
+from rtn import write_checkpoint
 from torch import Tensor, nn
 
 from srd_modifier import load_corrected
@@ -198,3 +199,16 @@ def write_peaked(config: Any, directory: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY_LLAMA / name, directory / name)
     return directory
+
+
+def by_cover(model: Path, folder: Path) -> Callable[[int, str], Path]:
+    """Checkpoints of a model by group size and cover (`full`, `selective`), each made once in a folder."""
+
+    def make(group_size: int, cover: str) -> Path:
+        directory = folder / f"{group_size}-{cover}"
+        if not directory.exists():
+            corrected = selective if cover == "selective" else lambda _: True
+            write_checkpoint(model, directory, group_size=group_size, corrected=corrected)
+        return directory
+
+    return make

@@ -10,8 +10,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from parity import VOCABULARY, Case, Reference, sampled_prompts, selective, write_peaked
-from rtn import write_checkpoint
+from parity import VOCABULARY, Case, Reference, by_cover, sampled_prompts, write_peaked
 
 pytestmark = pytest.mark.slow
 
@@ -57,20 +56,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(mixture: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The mixture by group size and cover, each made once."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-
-    def make(group_size: int, cover: str) -> Path:
-        directory = folder / f"{group_size}-{cover}"
-        if not directory.exists():
-            write_checkpoint(
-                mixture,
-                directory,
-                group_size=group_size,
-                corrected=selective if cover == "selective" else lambda _: True,
-            )
-        return directory
-
-    return make
+    return by_cover(mixture, tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(scope="module")

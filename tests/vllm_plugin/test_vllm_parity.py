@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from parity import VOCABULARY, Case, Reference, sampled_prompts, selective, text_prompts, write_peaked
+from parity import VOCABULARY, Case, Reference, by_cover, sampled_prompts, text_prompts, write_peaked
 from rtn import LINEAR, Scheme, write_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -53,20 +53,7 @@ if os.environ.get("SRD_FULL_MATRIX") == "1":
 @pytest.fixture(scope="module")
 def checkpoint(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Tiny-llama by group size and cover, each made once."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-
-    def make(group_size: int, cover: str) -> Path:
-        directory = folder / f"{group_size}-{cover}"
-        if not directory.exists():
-            write_checkpoint(
-                tiny_llama,
-                directory,
-                group_size=group_size,
-                corrected=selective if cover == "selective" else lambda _: True,
-            )
-        return directory
-
-    return make
+    return by_cover(tiny_llama, tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(scope="module")
