@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from srd_modifier.checkpoint.base import BaseCheckpoint
-from srd_modifier.checkpoint.config import IMPORTANCE, read_srd_config
+from srd_modifier.checkpoint.config import IMPORTANCE, read_json, read_srd_config
 from srd_modifier.checkpoint.sidecar import Sidecar
 from srd_modifier.selection.depth import layer_of
 
@@ -38,6 +38,8 @@ class CheckpointSize:
 def measure(directory: Path | str, *, corrected: Collection[str] | None = None) -> CheckpointSize:
     """Measure a dense, W4A16 or SRD model directory from its headers.
 
+    Of a model that another library packed only the bytes on disk are known; its bits per weight are NaN.
+
     Args:
         directory: the model.
         corrected: modules whose residual is used; None is all that the sidecar has, an empty collection is plain W4.
@@ -50,6 +52,8 @@ def measure(directory: Path | str, *, corrected: Collection[str] | None = None) 
         quantized = set(base.quantized_modules)
         others = (name for name in base if name.rpartition(".")[0] not in quantized)
         all_weights = weights + sum(math.prod(base.info(name).shape) for name in others)
+    elif "quantization_config" in read_json(directory / "config.json"):
+        weights = size = all_weights = 0  # packed in a way that the shapes of its tensors do not tell
     else:
         all_weights = sum(math.prod(base.info(name).shape) for name in base)
         matrices = [base.info(name) for name in base if layer_of(name) is not None and len(base.info(name).shape) >= 2]

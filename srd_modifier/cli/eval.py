@@ -1,22 +1,26 @@
-"""`srd eval`: perplexity of a model on a text, and its divergence from a reference."""
+"""`srd eval`: one model on a text or on tasks, and its divergence from a reference."""
 
 import json
+import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from srd_modifier.errors import SRDError
 
 if TYPE_CHECKING:
     from srd_modifier.evaluation.report import Report
+    from srd_modifier.evaluation.results import Results, Score
+    from srd_modifier.evaluation.tasks.find import TaskOptions
+
+ADDRESSES = ("http://", "https://")
 
 
 class ConventionName(str, Enum):
@@ -44,9 +48,13 @@ class DeviceName(str, Enum):
 
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="Model directory or hub id, with or without a residual, or a GGUF file.")
+        str, typer.Argument(help="Model directory, hub id, GGUF file, or http:// address of vLLM or llama.cpp.")
     ],
-    text: Annotated[Path, typer.Option(help="UTF-8 text file to score.", show_default=False)],
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text file to score.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="wikitext2, wikitext2_llamacpp or any task of the harness; repeat for more."),
+    ] = None,
     reference: Annotated[
         str | None, typer.Option(help="Model to measure the divergence from, usually the original.")
     ] = None,
@@ -63,7 +71,12 @@ def evaluate(
     chunk: Annotated[
         list[str] | None, typer.Option(help="Chunk of depth to correct, all if not given; repeat for more.")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Use only this many tokens of the text.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Local data of the tasks, looked at before the hub.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first so many questions of a task.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before a question, if not the task's.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Use only this many tokens of a text.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Windows at once: 4096 tokens if not given.")] = None,
     dtype: Annotated[DtypeName, typer.Option(help="What the models compute in.")] = DtypeName.float32,
     device: Annotated[DeviceName, typer.Option(help="Where the models run.")] = DeviceName.cpu,
@@ -71,20 +84,42 @@ def evaluate(
         Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for stdout alone.")
     ] = None,
 ) -> None:
-    """Score a text: perplexity and, with --reference, KL divergence and agreement per token."""
+    """Score a text or tasks: perplexity, accuracy and, with --reference, KL divergence and agreement per token."""
     import torch
 
-    from srd_modifier.checkpoint.atomic import write_json
+    from srd_modifier.cli._progress import progress_bars
     from srd_modifier.evaluation.evaluate import evaluate_text
     from srd_modifier.evaluation.windows import Convention
 
+    if text is None and not task:
+        raise typer.BadParameter("give --text a file, or --task a name")
     _require_folder(json_path)
-    with _progress() as progress:
+    rule = Convention(convention.value)
+    if task or model.startswith(ADDRESSES):
+        from srd_modifier.evaluation.tasks.find import TaskOptions
+
+        options = TaskOptions(data_dir, text, ctx, stride, rule, max_tokens, limit, num_fewshot)
+        chosen = None if not chunk else tuple(chunk)
+        results = _evaluate_tasks(
+            model,
+            reference,
+            task or [],
+            options,
+            alpha=alpha,
+            chunks=chosen,
+            dtype=dtype,
+            device=device,
+            batch=batch_size,
+        )
+        _write(results.as_json(), json_path, lambda: _tasks_table(results))
+        return
+    assert text is not None
+    with progress_bars() as bar:
         report = evaluate_text(
             model,
             text,
             reference=reference,
-            convention=Convention(convention.value),
+            convention=rule,
             ctx=ctx,
             stride=stride,
             alpha=alpha,
@@ -93,52 +128,99 @@ def evaluate(
             batch_size=batch_size,
             dtype=getattr(torch, dtype.value),
             device=device.value,
-            progress=progress,
+            progress=bar("scoring"),
         )
+    _write(report.as_json(), json_path, lambda: _table(report))
+
+
+def _evaluate_tasks(
+    model: str,
+    reference: str | None,
+    names: list[str],
+    options: "TaskOptions",
+    *,
+    alpha: float | None,
+    chunks: tuple[str, ...] | None,
+    dtype: DtypeName,
+    device: DeviceName,
+    batch: int | None,
+) -> "Results":
+    """One model, or two of which one is the reference, compared without leaving anything on disk."""
+    import torch
+
+    from srd_modifier.cli._progress import progress_bars
+    from srd_modifier.cli._quiet import quiet_libraries
+    from srd_modifier.evaluation.comparison.candidate import Candidate
+    from srd_modifier.evaluation.comparison.run import Setting, compare
+    from srd_modifier.evaluation.tasks.find import find_tasks
+
+    quiet_libraries(bars=False)
+    models = [Candidate(model, model, alpha=alpha, chunks=chunks)]
+    if reference is not None:
+        models.insert(0, Candidate(reference, reference if reference != model else f"{reference} (reference)"))
+    tasks = find_tasks(names, options)
+    with progress_bars() as bar, tempfile.TemporaryDirectory(prefix="srd-eval-") as folder:
+        return compare(
+            models[0],
+            models[1:],
+            tasks,
+            Path(folder),
+            setting=Setting(getattr(torch, dtype.value), device.value, batch, depth_tokens=0),
+            command=command_line(),
+            settings={"max_tokens": options.max_tokens, "limit": options.limit},
+            progress=bar,
+        )
+
+
+def command_line() -> list[str]:
+    """This command, to be run again."""
+    return ["srd", *(shlex.quote(word) for word in sys.argv[1:])]
+
+
+def _write(values: dict[str, Any], json_path: Path | None, table: Callable[[], Table]) -> None:
+    from srd_modifier.checkpoint.atomic import write_json
+
     if json_path == Path("-"):
-        typer.echo(json.dumps(report.as_json(), indent=2))
+        typer.echo(json.dumps(values, indent=2))
         return
-    Console().print(_table(report))
+    Console().print(table())
     if json_path is not None:
-        write_json(json_path, report.as_json())
+        write_json(json_path, values)
+
+
+def _tasks_table(results: "Results") -> Table:
+    """One row for each metric of the model, beside the reference's where there is one."""
+    model = results.models[-1]
+    table = Table(title=model.label, title_justify="left")
+    headings = ["task", "metric", "value", *(["reference", "recovery"] if len(results.models) > 1 else [])]
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("task", "metric") else "right", overflow="fold")
+    for score in model.scores:
+        row = [results.task(score.task).title, score.metric, _value(score)]
+        if len(results.models) > 1:
+            own = results.reference.score(score.task, score.metric)
+            kept = score.recovery
+            row.append("" if own is None else _value(own))
+            row.append("" if kept is None else f"{kept.value:.2f} % [{kept.low:.2f}, {kept.high:.2f}]")
+        table.add_row(*row)
+    size = "" if model.bytes_on_disk is None else f"{model.bytes_on_disk:,} bytes on disk. "
+    table.caption = size + " ".join(f"{task.title}: {task.description}." for task in results.tasks)
+    table.caption_justify = "left"
+    return table
+
+
+def _value(score: "Score") -> str:
+    """A value with its standard error."""
+    shape = ".3e" if score.metric.startswith("kld") else ".4f"
+    return f"{score.value:{shape}}" + (
+        "" if score.stderr is None else f" ± {score.stderr:{'.1e' if 'e' in shape else shape}}"
+    )
 
 
 def _require_folder(json_path: Path | None) -> None:
     """Refuse a result that could not be written before the minutes of scoring, not after them."""
     if json_path is not None and not json_path.parent.is_dir():
         raise SRDError(f"{json_path}: cannot be written, there is no directory {json_path.parent}")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr while windows are scored, and nothing at all where stderr is not a terminal."""
-    quiet = not sys.stderr.isatty()
-    if quiet:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-    bar = Progress(
-        TextColumn("scoring"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("windows"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=quiet,
-    )
-
-    def show(done: int, total: int) -> None:
-        # Started here and not before, so that it does not fight with the bars of loading.
-        if not bar.tasks:
-            bar.add_task("scoring", total=total)
-            bar.start()
-        bar.update(bar.task_ids[0], completed=done)
-
-    try:
-        yield show
-    finally:
-        bar.stop()
 
 
 def _table(report: "Report") -> Table:

@@ -1,7 +1,5 @@
 """Score a text with a model, and with a reference beside it: the whole of `srd eval --text`."""
 
-import importlib.metadata
-import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,16 +7,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from srd_modifier._version import __version__
 from srd_modifier.checkpoint.base import BaseCheckpoint
 from srd_modifier.checkpoint.config import module_alphas, read_srd_config
 from srd_modifier.checkpoint.sensitivity import read_sensitivity
 from srd_modifier.errors import SRDError
+from srd_modifier.evaluation.comparison.environment import library_versions
 from srd_modifier.evaluation.load import LoadedModel, load
 from srd_modifier.evaluation.report import Report
 from srd_modifier.evaluation.scores import divergence, perplexity, score_tokens
+from srd_modifier.evaluation.tasks.text import require_fit
 from srd_modifier.evaluation.text import Text, bos_where_added, read_text, tokenize
-from srd_modifier.evaluation.windows import Convention, WindowRule, window_rule
+from srd_modifier.evaluation.windows import Convention, window_rule
+
+# the libraries that decide what the models compute
+_DECISIVE = ("torch", "transformers", "compressed-tensors")
 
 
 def evaluate_text(
@@ -68,7 +70,7 @@ def evaluate_text(
     tokens = _shared_tokens(text, candidate, original, max_tokens=max_tokens)
     for model in (candidate, original):
         if model is not None:
-            _require_fit(model, tokens, rule)
+            require_fit(model, tokens, rule)
     windows = rule.windows(len(tokens))
     started = time.perf_counter()
     scores = score_tokens(
@@ -94,19 +96,9 @@ def evaluate_text(
         alpha=candidate.alpha,
         chunks=candidate.chunks,
         seconds=seconds,
-        versions=library_versions(),
+        versions=library_versions(_DECISIVE),
         predicted_kld=predicted,
     )
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of this package, Python and the libraries that decide what the models compute."""
-    libraries = ("torch", "transformers", "compressed-tensors")
-    return {
-        "srd-modifier": __version__,
-        "python": platform.python_version(),
-        **{library: importlib.metadata.version(library) for library in libraries},
-    }
 
 
 def _predicted_divergence(model: LoadedModel, *, alpha: float | None, chunks: Sequence[str] | None) -> float | None:
@@ -132,14 +124,3 @@ def _shared_tokens(
                 "divergence is not defined"
             )
     return tokens
-
-
-def _require_fit(model: LoadedModel, tokens: Tensor, rule: WindowRule) -> None:
-    limit = model.max_positions
-    if limit is not None and rule.ctx > limit:
-        raise SRDError(f"ctx {rule.ctx} exceeds the {limit} positions (max_position_embeddings) of {model.name}")
-    if len(tokens) and int(tokens.max()) >= model.vocabulary_size:
-        raise SRDError(
-            f"{model.name}: its tokenizer gives token id {int(tokens.max())}, but the model has only "
-            f"{model.vocabulary_size} embeddings"
-        )

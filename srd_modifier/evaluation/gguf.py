@@ -5,7 +5,7 @@ as the scaling of RoPE, biases and the width of heads, and is then another model
 architecture or a tensor that is not understood is an error.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -112,21 +112,44 @@ def _divide_frequencies(model: Any, family: Family, file: GGUFFile) -> None:
 
 
 class LlamaCppTokenizer:
-    """llama.cpp's own tokenizer, called as Transformers' tokenizers are."""
+    """llama.cpp's own tokenizer, called as Transformers' are; llama.cpp is started when it is first asked."""
 
     def __init__(self, file: GGUFFile) -> None:
         self._path = file.path
+        self._llama: LlamaCpp | None = None
         self.bos_token_id: int | None = file.metadata.get("tokenizer.ggml.bos_token_id")
+        self.eos_token_id: int | None = file.metadata.get("tokenizer.ggml.eos_token_id")
 
-    def __call__(self, text: str, *, verbose: bool = True) -> dict[str, list[int]]:
-        """The ids of the text's tokens, with the special tokens that the file says belong to every text.
+    def __call__(self, text: str, *, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
+        """The ids of the text's tokens.
 
         Args:
             text: Any text; a megabyte takes about a second.
+            add_special_tokens: With the special tokens that the file says belong to every text.
             verbose: Not used.
 
         Raises:
             SRDError: llama.cpp refuses the file or the text.
         """
-        with LlamaCpp(self._path) as llama:
-            return {"input_ids": llama.tokenize(text, add_special=True)}
+        return {"input_ids": self._open().tokenize(text, add_special=add_special_tokens)}
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of tokens.
+
+        Args:
+            tokens: Their ids.
+            skip_special_tokens: Leave BOS and EOS out.
+        """
+        special = (self.bos_token_id, self.eos_token_id) if skip_special_tokens else ()
+        return self._open().detokenize([token for token in tokens if token not in special])
+
+    def close(self) -> None:
+        """End llama.cpp; it is started again if it is asked again."""
+        if self._llama is not None:
+            self._llama.close()
+            self._llama = None
+
+    def _open(self) -> LlamaCpp:
+        if self._llama is None:
+            self._llama = LlamaCpp(self._path)
+        return self._llama

@@ -82,6 +82,8 @@ def load(
             is not there, or `alpha` or `chunks` were given for a model without a residual.
     """
     target = resolve_device(device)
+    if Path(name).suffix == ".axm":
+        raise SRDError(f"{name}: this version does not read .axm containers; extract it and name the directory")
     if Path(name).suffix == ".gguf":
         _refuse_residual_options(name, "a GGUF file holds none", alpha=alpha, chunks=chunks)
         file = GGUFFile(Path(name))
@@ -94,7 +96,7 @@ def load(
         tokenizer = _load_tokenizer(name)
         model = _load_plain(name, dtype)
         return LoadedModel(name, model.to(target).eval(), directory, tokenizer)
-    corrected = _corrected_modules(directory, srd_config, alpha=alpha, chunks=chunks)
+    corrected = corrected_modules(directory, srd_config, alpha=alpha, chunks=chunks)
     tokenizer = _load_tokenizer(name)
     model = _load_residual(directory, alpha=alpha, chunks=chunks, dtype=dtype)
     return LoadedModel(
@@ -106,6 +108,17 @@ def load(
         chunks=None if chunks is None else tuple(chunks),
         corrected=corrected,
     )
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer that `load` gives with a model, without the model.
+
+    Raises:
+        SRDError: There is none under this name.
+    """
+    if Path(name).suffix == ".gguf":
+        return LlamaCppTokenizer(GGUFFile(Path(name)))
+    return _load_tokenizer(name)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -121,9 +134,10 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _corrected_modules(
+def corrected_modules(
     directory: Path, config: SRDConfig, *, alpha: float | None, chunks: Sequence[str] | None
 ) -> frozenset[str]:
+    """Modules whose residual is applied with an alpha above 0, when a checkpoint is loaded like this."""
     layers = BaseCheckpoint(directory).layers
     alphas = module_alphas(config, layers, alpha=alpha, chunks=chunks)
     return frozenset(module for module, value in alphas.items() if value > 0)

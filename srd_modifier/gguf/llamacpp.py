@@ -84,6 +84,13 @@ class LlamaCpp:
         """End the server; nothing can be asked afterwards."""
         self._server = None
 
+    @property
+    def address(self) -> str:
+        """Where its server answers, on this machine alone: `http://127.0.0.1:PORT`."""
+        if self._server is None:
+            raise ValueError(f"{self.path} is closed")
+        return self._server.listening_address
+
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
         """The token ids of `text`.
 
@@ -97,6 +104,14 @@ class LlamaCpp:
         """
         body = {"content": text, "add_special": add_special, "parse_special": parse_special}
         return self._ask("POST", "/tokenize", body)["tokens"]
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of token ids.
+
+        Raises:
+            SRDError: one of them is not of this vocabulary.
+        """
+        return self._ask("POST", "/detokenize", {"tokens": list(tokens)})["content"]
 
     def tokenize_all(self, texts: Iterable[str]) -> list[list[int]]:
         """The token ids of each text by itself, nothing added and special tokens parsed, in one request.
@@ -136,9 +151,7 @@ class LlamaCpp:
         return self._ask("POST", "/completion", body)["tokens"]
 
     def _ask(self, method: str, where: str, body: dict[str, Any] | None = None) -> Any:
-        if self._server is None:
-            raise ValueError(f"{self.path} is closed")
-        connection = HTTPConnection(urlsplit(self._server.listening_address).netloc)
+        connection = HTTPConnection(urlsplit(self.address).netloc)
         try:
             connection.request(method, where, json.dumps(body), {"Content-Type": "application/json"})
             response = connection.getresponse()

@@ -73,6 +73,15 @@ class GGUFFile:
         # float32 comes back as a view of the file
         return torch.from_numpy(values.astype("float32", copy=not values.flags.writeable))
 
+    @property
+    def file_type(self) -> str:
+        """llama.cpp's name of the mixture of types, such as `Q4_K_M`; `unknown` where the file says none."""
+        kinds = import_module("gguf").LlamaFileType
+        try:
+            return kinds(self.metadata["general.file_type"]).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+        except (KeyError, ValueError):
+            return "unknown"
+
     def is_quantized(self, name: str) -> bool:
         """Whether a tensor is stored in blocks of more than one weight."""
         return import_module("gguf").GGML_QUANT_SIZES[self.tensors[name].tensor_type][0] > 1

@@ -13,6 +13,7 @@ from srd_modifier.checkpoint.writer import ResidualEntry, SidecarWriter
 from srd_modifier.errors import CheckpointError, ConfigError, SRDError
 from srd_modifier.evaluation import evaluate as evaluate_module
 from srd_modifier.evaluation.evaluate import evaluate_text
+from srd_modifier.evaluation.tasks.text import require_fit
 from srd_modifier.evaluation.windows import Convention
 from srd_modifier.residual import ResidualFormat, encode
 
@@ -185,4 +186,4 @@ def test_token_ids_beyond_the_embeddings_are_refused():
     model = SimpleNamespace(name="model", max_positions=None, vocabulary_size=10)
     rule = evaluate_module.window_rule(ctx=8, stride=4)
     with pytest.raises(SRDError, match="gives token id 12, but the model has only 10 embeddings"):
-        evaluate_module._require_fit(model, torch.tensor([3, 12]), rule)
+        require_fit(model, torch.tensor([3, 12]), rule)
