@@ -17,7 +17,8 @@ from srd_modifier.errors import CheckpointError
 MAX_SHARD_BYTES = 5 * 10**9
 
 _BASE_SUFFIXES = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape")
-_NOT_COPIED = ("config.json", "recipe.yaml", "model.safetensors.index.json")
+# the card's figures are those of the checkpoint, not of what is made of it
+_NOT_COPIED = ("config.json", "recipe.yaml", "model.safetensors.index.json", "README.md")
 _WEIGHTS = (".safetensors", ".gguf")
 
 

@@ -140,11 +140,14 @@ def _without(sensitivity: Sensitivity, dropped: Sequence[str]) -> Sensitivity:
 
 
 def _copy_model(directory: Path, staging: Path) -> None:
-    """Everything but the sidecar and GGUF files. Weights are linked; what one might edit in place is copied."""
+    """Everything but the sidecar, GGUF files and the card, whose figures are not the copy's.
+
+    Weights are linked; what one might edit in place is copied.
+    """
     for source in directory.iterdir():
         if source.is_file() and source.suffix == ".safetensors":
             link_or_copy(source.resolve(), staging / source.name)  # a link to a link would be no file of its own
-        elif source.is_file() and source.suffix != ".gguf":
+        elif source.is_file() and source.suffix != ".gguf" and source.name != "README.md":
             shutil.copyfile(source, staging / source.name)
     if (directory / _TEMPLATES).is_dir():
         shutil.copytree(directory / _TEMPLATES, staging / _TEMPLATES)

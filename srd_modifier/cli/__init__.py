@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def _app() -> typer.Typer:
-    from srd_modifier.cli import autoload, compare, demo, export, inspect, quantize, trim
+    from srd_modifier.cli import autoload, card, compare, demo, export, inspect, quantize, trim
     from srd_modifier.cli import eval as eval_
 
     app = typer.Typer(
@@ -43,6 +43,7 @@ def _app() -> typer.Typer:
     app.command("inspect")(inspect.inspect)
     app.command("eval")(eval_.evaluate)
     app.command("compare")(compare.compare)
+    app.command("card")(card.card)
     app.command("trim")(trim.trim)
     app.add_typer(export.app, name="export")
     app.command("demo")(demo.demo)

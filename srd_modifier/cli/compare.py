@@ -22,10 +22,10 @@ def compare(
             help="[LABEL=]MODEL[@alpha=A][@chunks=NAME+NAME]: a directory, hub id, GGUF file or http:// address.",
         ),
     ],
+    output: Annotated[Path, typer.Option(help="Directory for results.json, table.md and the plots; made if need be.")],
     tasks: Annotated[
         str, typer.Option(help="Names with commas between: wikitext2, wikitext2_llamacpp, or any of the harness.")
-    ],
-    output: Annotated[Path, typer.Option(help="Directory for results.json, table.md and the plots; made if need be.")],
+    ] = "",
     data_dir: Annotated[
         Path | None, typer.Option(help="Local data: wiki.test.raw, TASK.jsonl; what is not there comes from the hub.")
     ] = None,
@@ -73,6 +73,8 @@ def compare(
         limit=limit,
         num_fewshot=num_fewshot,
     )
+    if not tasks and text is None:
+        raise typer.BadParameter("give --tasks names, or --text a file")
     models = [Candidate.parse(word) for word in (reference, *candidates)]
     output.mkdir(parents=True, exist_ok=True)
     console = Console()
@@ -80,7 +82,7 @@ def compare(
         results = run(
             models[0],
             models[1:],
-            find_tasks(tasks.split(","), options),
+            find_tasks([name for name in tasks.split(",") if name], options),
             output,
             setting=Setting(
                 dtype=getattr(torch, dtype.value),

@@ -33,7 +33,7 @@ def inspect(
     if verify:
         Sidecar.open(directory).verify()
     if plot is not None and measured is not None:
-        from srd_modifier.evaluation.heatmap import draw_heatmap
+        from srd_modifier.evaluation.plots.heatmap import draw_heatmap
 
         draw_heatmap(measured, plot)
     if as_json:

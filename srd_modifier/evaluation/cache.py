@@ -194,7 +194,11 @@ class StoredReference:
     def _vocabulary(self) -> int:
         index = self._directory / "index.json"
         try:
-            return int(json.loads(index.read_text(encoding="utf-8"))["vocabulary"])
+            values = json.loads(index.read_text(encoding="utf-8"))
+            vocabulary = int(values["vocabulary"])
+            if values["sha256"] == self._index_digest(vocabulary):
+                return vocabulary
+            warnings.warn(f"{index} is damaged and is written again", stacklevel=2)
         except FileNotFoundError:
             pass  # the first time
         except (OSError, ValueError, KeyError, TypeError):
@@ -205,8 +209,13 @@ class StoredReference:
         vocabulary = int(logits.shape[-1])
         self._require_space(vocabulary)
         self._directory.mkdir(parents=True, exist_ok=True)
-        write_json(index, {"format": FORMAT, "vocabulary": vocabulary, "reference": self.name})
+        digest = self._index_digest(vocabulary)
+        write_json(index, {"format": FORMAT, "vocabulary": vocabulary, "reference": self.name, "sha256": digest})
         return vocabulary
+
+    def _index_digest(self, vocabulary: int) -> str:
+        """The vocabulary decides which windows a shard has, so a wrong one would give other tokens' rows."""
+        return hashlib.sha256(f"{self._key} {vocabulary}".encode()).hexdigest()
 
     def _require_space(self, vocabulary: int) -> None:
         need = self.bytes_needed(vocabulary)
@@ -229,16 +238,24 @@ class StoredReference:
 
     def _shard(self, number: int) -> StoredRows:
         if self._open is None or self._open[0] != number:
-            path = self._directory / f"{number:05}.safetensors"
-            rows = self._read(path)
+            rows = self._read(number)
             if rows is None:
                 rows = self._compute(number)
-                self._write(path, rows)
+                self._write(number, rows)
             self._open = (number, rows)
         return self._open[1]
 
-    def _read(self, path: Path) -> StoredRows | None:
+    def _path(self, number: int) -> Path:
+        return self._directory / f"{number:05}.safetensors"
+
+    def _identity(self, number: int) -> str:
+        """What a shard holds: a part of this text as this reference reads it."""
+        windows = self._cut()[number]
+        return f"{self._key} {windows[0].start}-{windows[-1].stop}"
+
+    def _read(self, number: int) -> StoredRows | None:
         """A shard, None if it is not there or is not what was written."""
+        path = self._path(number)
         if not path.exists():
             return None
         try:
@@ -248,7 +265,7 @@ class StoredReference:
         except (OSError, SafetensorError) as error:
             reason = str(error)
         else:
-            if (metadata.get("key"), metadata.get("sha256")) == (self._key, _digest(rows)):
+            if (metadata.get("key"), metadata.get("sha256")) == (self._identity(number), _digest(rows)):
                 return rows
             reason = "its bytes are not those that were written"
         warnings.warn(f"{path} is damaged ({reason}); the reference {self.name} is computed again", stacklevel=2)
@@ -272,13 +289,17 @@ class StoredReference:
                     rows = slice(first, first + batch[0].scored)
                     parts.append(store(logits[rows].double().log_softmax(-1), targets[rows].to(logits.device)))
                 done += len(batch)
+        if self._progress is not None:
+            self._progress(done, len(self._windows))
         return StoredRows.joined(parts)
 
-    def _write(self, path: Path, rows: StoredRows) -> None:
+    def _write(self, number: int, rows: StoredRows) -> None:
+        path = self._path(number)
         temporary = sibling(path)
         tensors = {name: getattr(rows, name).contiguous() for name in StoredRows.__dataclass_fields__}
         try:
-            save_file(tensors, temporary, metadata={"format": FORMAT, "key": self._key, "sha256": _digest(rows)})
+            metadata = {"format": FORMAT, "key": self._identity(number), "sha256": _digest(rows)}
+            save_file(tensors, temporary, metadata=metadata)
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
             raise SRDError(f"{path}: cannot be written: {error}; choose another --cache-dir or --no-cache") from error
@@ -289,5 +310,6 @@ class StoredReference:
 def _digest(rows: StoredRows) -> str:
     digest = hashlib.sha256()
     for tensor in rows._tensors():
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()

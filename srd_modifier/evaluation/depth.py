@@ -5,6 +5,7 @@ logit lens, nostalgebraist 2020). The divergence between the two readings grows 
 last one it is the divergence of the models themselves.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,8 @@ def record_depths(loaded: LoadedModel, inputs: Tensor) -> Depths | None:
     hooks = [layer.register_forward_hook(keep(number)) for number, layer in enumerate(layers)]
     try:
         with torch.no_grad():
-            for_one_token = {"logits_to_keep": 1} if "logits_to_keep" in model.forward.__code__.co_varnames else {}
+            accepted = inspect.signature(model.forward).parameters
+            for_one_token = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
             model(input_ids=inputs.to(model.device), use_cache=False, **for_one_token)
     finally:
         for hook in hooks:

@@ -10,6 +10,7 @@ from srd_modifier.errors import SRDError
 # Neither the card, the recipe nor a GGUF file beside the checkpoint changes what the directory loads as.
 _PATTERNS = (
     *("config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "adapter_config.json"),
+    "generation_config.json",  # says what ends a text
     *(
         "tokenizer*",
         "special_tokens_map.json",

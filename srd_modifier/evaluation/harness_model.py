@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from srd_modifier.errors import SRDError
@@ -91,20 +92,20 @@ class HarnessModel(TemplateLM):
         """What the model writes after each prompt."""
         answers = []
         for number, request in enumerate(requests, 1):
-            prompt, settings = request.args
-            limit = int(settings.get("max_gen_toks", _DEFAULT_NEW_TOKENS))
+            prompt, given = request.args
+            settings = normalize_gen_kwargs(given, _DEFAULT_NEW_TOKENS)
+            limit = settings["max_gen_toks"]
             room = self.max_length - limit
             if room < 1:
                 raise SRDError(
                     f"{self._scorer.name}: reads {self.max_length} tokens, but the task asks for {limit} new ones"
                 )
-            until = settings.get("until") or []
             answers.append(
                 self._scorer.generate(
                     self.tok_encode(prompt)[-room:],
                     max_tokens=limit,
-                    stop=[until] if isinstance(until, str) else until,
-                    temperature=float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0,
+                    stop=[end for end in settings["until"] if end],
+                    temperature=settings.get("temperature", 0.0) if settings["do_sample"] else 0.0,
                 )
             )
             if self._progress is not None:

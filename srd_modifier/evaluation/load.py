@@ -82,8 +82,7 @@ def load(
             is not there, or `alpha` or `chunks` were given for a model without a residual.
     """
     target = resolve_device(device)
-    if Path(name).suffix == ".axm":
-        raise SRDError(f"{name}: this version does not read .axm containers; extract it and name the directory")
+    refuse_container(name)
     if Path(name).suffix == ".gguf":
         _refuse_residual_options(name, "a GGUF file holds none", alpha=alpha, chunks=chunks)
         file = GGUFFile(Path(name))
@@ -108,6 +107,12 @@ def load(
         chunks=None if chunks is None else tuple(chunks),
         corrected=corrected,
     )
+
+
+def refuse_container(name: str) -> None:
+    """Raise SRDError for a signed container, which is not read yet."""
+    if Path(name).suffix == ".axm":
+        raise SRDError(f"{name}: this version does not read .axm containers; extract it and name the directory")
 
 
 def load_tokenizer(name: str) -> Any:

@@ -111,6 +111,7 @@ class LocalScorer:
         from transformers import GenerationConfig, StoppingCriteriaList
 
         tokenizer, model = self._loaded.tokenizer, self._loaded.model
+        stop = [end for end in stop if end]
 
         def stopped(ids: Tensor, scores: Any, **_: Any) -> Tensor:
             text = tokenizer.decode(ids[0, len(prompt) :].tolist(), skip_special_tokens=True)
@@ -121,7 +122,7 @@ class LocalScorer:
             do_sample=temperature > 0,
             temperature=temperature or None,
             pad_token_id=self.prefix_token,
-            eos_token_id=model.generation_config.eos_token_id if model.generation_config else tokenizer.eos_token_id,
+            eos_token_id=self._ends,
         )
         inputs = torch.tensor([list(prompt)], device=model.device)
         with torch.no_grad():
@@ -134,6 +135,16 @@ class LocalScorer:
         text = tokenizer.decode(ids[0, len(prompt) :].tolist(), skip_special_tokens=True)
         ends = [text.index(end) for end in stop if end in text]
         return text[: min(ends)] if ends else text
+
+    @property
+    def _ends(self) -> list[int] | None:
+        """Tokens that end a text: the tokenizer's EOS, and what generation_config.json names."""
+        found = {self._loaded.tokenizer.eos_token_id}
+        # of a GGUF file there is none, and what Transformers makes up in its place means nothing
+        if self._loaded.gguf is None and self._loaded.model.generation_config is not None:
+            more = self._loaded.model.generation_config.eos_token_id
+            found |= set(more) if isinstance(more, list) else {more}
+        return sorted(found - {None}) or None
 
     def _check(self, request: Request) -> None:
         if not 1 <= request.scored < len(request.tokens):
@@ -148,13 +159,15 @@ class LocalScorer:
             )
 
     def _score_all(self, requests: Sequence[Request]) -> Iterator[tuple[int, SequenceScores]]:
+        if not requests:
+            return
         shared = 0 if self._shares is False else _shared_length(requests)
         contexts = _contexts(requests, shared)
         if self._shares is False or (not shared and len(contexts) > 0.7 * len(requests)):
             yield from self._score_whole(range(len(requests)), requests)
             return
         prefix = requests[0].tokens[:shared]
-        kept = self._read(None, [prefix])[1] if shared else None
+        kept = self._read(None, [prefix], keep=1)[1] if shared else None
         for batch in self._context_batches(contexts, shared):
             scored = list(self._score_contexts(batch, kept))
             if self._shares is None:

@@ -159,6 +159,13 @@ def test_small_files_of_any_name_are_copied(small, tmp_path):
     assert not (tmp_path / "dense" / "recipe.yaml").exists(), "the recipe is of the quantized model"
 
 
+def test_the_card_stays_behind(small, tmp_path):
+    """Its figures are those of the checkpoint."""
+    (small / "README.md").write_text("perplexity 12.3")
+    export_dense(small, tmp_path / "dense")
+    assert not (tmp_path / "dense" / "README.md").exists()
+
+
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_config_names_the_dtype(small, tmp_path, dtype, key):

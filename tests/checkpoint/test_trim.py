@@ -238,6 +238,13 @@ def test_chat_templates_come_along_and_other_folders_do_not(source: Path, tmp_pa
     assert not (tmp_path / "out" / "runs").exists()
 
 
+def test_the_card_stays_behind(source: Path, tmp_path: Path) -> None:
+    """Its figures are not the copy's."""
+    (source / "README.md").write_text("perplexity 12.3")
+    trim(source, tmp_path / "copy", Budget(bytes=10**9))
+    assert not (tmp_path / "copy" / "README.md").exists()
+
+
 def test_a_snapshot_of_links_becomes_files(source: Path, tmp_path: Path) -> None:
     """As the hub's cache has them; a hard link to a link would point into the cache."""
     snapshot = tmp_path / "snapshot"

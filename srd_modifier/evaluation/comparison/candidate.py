@@ -15,7 +15,14 @@ from srd_modifier.checkpoint.sizes import CheckpointSize, measure
 from srd_modifier.checkpoint.summary import summarize
 from srd_modifier.errors import ConfigError
 from srd_modifier.evaluation.digest import model_digest
-from srd_modifier.evaluation.load import LoadedModel, corrected_modules, load, load_tokenizer
+from srd_modifier.evaluation.load import (
+    LoadedModel,
+    corrected_modules,
+    load,
+    load_tokenizer,
+    refuse_container,
+    resolve_device,
+)
 from srd_modifier.evaluation.local import LocalScorer
 from srd_modifier.evaluation.tasks.base import Subject
 from srd_modifier.gguf.reader import GGUFFile
@@ -66,10 +73,12 @@ class Candidate:
         label, rest = (found["label"], found["rest"]) if found and "@" not in found["label"] else (None, text)
         settings: dict[str, str] = {}
         while match := _SETTING.fullmatch(rest):
+            if match["name"] in settings:
+                raise ConfigError(f"{text}: @{match['name']} is given twice")
             settings[match["name"]], rest = match["value"], match["rest"]
         alpha = None if "alpha" not in settings else _alpha(text, settings["alpha"])
         chunks = None if "chunks" not in settings else check_chunks(settings["chunks"].split("+"))
-        shown = [Path(rest).name if not rest.startswith(_ADDRESSES) else rest]
+        shown = [rest if rest.startswith(_ADDRESSES) else Path(rest).name or Path(rest).resolve().name or rest]
         shown += [] if alpha is None else [f"alpha {alpha:g}"]
         shown += [] if chunks is None else ["+".join(chunks)]
         return cls(rest, label or ", ".join(shown), alpha=alpha, chunks=chunks)
@@ -110,7 +119,7 @@ class Described:
 
             return Subject(connect(candidate.model))
         if candidate.read is not None:
-            model = candidate.read().to(device).eval()
+            model = candidate.read().to(resolve_device(device)).eval()
             loaded = LoadedModel(candidate.label, model, self.path, load_tokenizer(str(self.path)))
         else:
             loaded = load(candidate.model, alpha=candidate.alpha, chunks=candidate.chunks, dtype=dtype, device=device)
@@ -132,6 +141,15 @@ class Described:
             self.path,
             corrected=corrected_modules(self.path, self.config, alpha=candidate.alpha, chunks=candidate.chunks),
         )
+
+    @property
+    def family(self) -> str:
+        """What it is drawn as, where nobody said: the kind of file it is."""
+        if self.candidate.family:
+            return self.candidate.family
+        if self.config is not None:
+            return "W4A16 + residual" if self.residual_bytes else "W4A16"
+        return "GGUF" if self.format.startswith("GGUF ") else self.format
 
     @property
     def residual_bytes(self) -> int | None:
@@ -158,7 +176,9 @@ def describe(candidate: Candidate) -> Described:
         if candidate.alpha is not None or candidate.chunks is not None:
             raise ConfigError(f"{candidate.model}: what a server applies is set where it is started, leave @ out")
         return Described(candidate, None, None, candidate.format or "server")
+    refuse_container(candidate.model)
     if Path(candidate.model).suffix == ".gguf":
+        _refuse_settings(candidate)
         file = GGUFFile(Path(candidate.model))
         return Described(candidate, file.path, model_digest(file.path), candidate.format or f"GGUF {file.file_type}")
     path = find_model(candidate.model, fetch_weights=True)
@@ -167,14 +187,30 @@ def describe(candidate: Candidate) -> Described:
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict):
         method = str(quantization.get("quant_method", "quantized"))
-        words = "W4A16" if method == "compressed-tensors" else method
+        words = _scheme(quantization) if method == "compressed-tensors" else method
     srd_config = read_srd_config(path)
     if srd_config is not None:
         formats = list(summarize(path).formats)
         words = f"W4A16 + {' + '.join(formats)}" if len(formats) < 3 else "W4A16 + residuals"
-    elif candidate.alpha is not None or candidate.chunks is not None:
-        raise ConfigError(f"{candidate.model} has no residual, leave @alpha and @chunks out")
+    else:
+        _refuse_settings(candidate)
     return Described(candidate, path, model_digest(path), candidate.format or words, srd_config)
+
+
+def _refuse_settings(candidate: Candidate) -> None:
+    if candidate.alpha is not None or candidate.chunks is not None:
+        raise ConfigError(f"{candidate.model} has no residual, leave @alpha and @chunks out")
+
+
+def _scheme(quantization: dict[str, Any]) -> str:
+    """Bits of weights and activations in a configuration of compressed-tensors, such as `W4A16`."""
+    groups = [group for group in (quantization.get("config_groups") or {}).values() if isinstance(group, dict)]
+    schemes = {f"W{_bits(group.get('weights'))}A{_bits(group.get('input_activations'))}" for group in groups}
+    return " + ".join(sorted(schemes)) or "compressed-tensors"
+
+
+def _bits(arguments: Any) -> int:
+    return int(arguments["num_bits"]) if isinstance(arguments, dict) and "num_bits" in arguments else 16
 
 
 def _alpha(text: str, value: str) -> float:

@@ -25,7 +25,7 @@ from srd_modifier.evaluation.results import DIVERGENCE_METRICS, Interval, ModelR
 from srd_modifier.evaluation.scorer import Progress
 from srd_modifier.evaluation.scores import LiveReference, Reference, TokenScores
 from srd_modifier.evaluation.tasks.base import Outcome, Subject, Task
-from srd_modifier.evaluation.tasks.text import METRIC, TextTask
+from srd_modifier.evaluation.tasks.text import METRIC, TextTask, tokenizer_of
 
 T = TypeVar("T")
 
@@ -126,7 +126,6 @@ class _Comparison:
         self._store = OutcomeStore(output / "scores")
         self._versions = library_versions()
         self._original: Subject | None = None
-        self._depths: Depths | None = None
         self._streams: dict[str, Tensor] = {}
         self._stored: dict[str, StoredReference] = {}
         self._kept: dict[str, bool] = {}
@@ -134,7 +133,7 @@ class _Comparison:
     def run(self, command: tuple[str, ...], settings: dict[str, Any]) -> Results:
         own = {task.info.name: self._reference_outcome(task) for task in self._tasks}
         if all(self._keeps(task) for task in self._tasks):
-            self._record_depths()
+            _ = self._depths
             self._original = None  # all that is asked of it from here on is on disk
         size = self._reference.size
         total_weights = 0 if size is None else size.total_weights
@@ -250,20 +249,24 @@ class _Comparison:
         return self._result(described, found, own, curve, total_weights)
 
     def _measure(self, opened: "_Once[Subject]", task: Task, described: Described) -> Outcome:
-        reference, subject = None, opened.get()
-        if isinstance(task, TextTask) and subject.loaded is not None:
-            if not torch.equal(task.stream(subject.loaded.tokenizer), self._stream(task)):
-                raise SRDError(
-                    f"{subject.name} and the reference {self._reference.candidate.label} tokenize {task.text.path} "
-                    "differently: their divergence is not defined"
-                )
-            reference = self._reference_of(task)
-        return task.run(
+        reference, subject, same_tokens = None, opened.get(), True
+        if isinstance(task, TextTask):
+            same_tokens = torch.equal(task.stream(tokenizer_of(subject)), self._stream(task))
+            if subject.loaded is not None:
+                if not same_tokens:
+                    raise SRDError(
+                        f"{subject.name} and the reference {self._reference.candidate.label} tokenize {task.text.path} "
+                        "differently: their divergence is not defined"
+                    )
+                reference = self._reference_of(task)
+        outcome = task.run(
             subject,
             reference=reference,
             batch_size=self._setting.batch_size,
             progress=self._bar(described, task),
         )
+        # a server that cuts the text otherwise has windows that are not those of the reference
+        return outcome if same_tokens else replace(outcome, items={})
 
     def _open(self, described: Described) -> Subject:
         return described.open(
@@ -291,22 +294,19 @@ class _Comparison:
             return None
         curve = self._store.read_curve(key)
         if curve is None:
-            loaded, theirs = opened.get().loaded, self._record_depths()
+            loaded, theirs = opened.get().loaded, self._depths
             ours = None if loaded is None or theirs is None else record_depths(loaded, self._depth_inputs)
-            if theirs is None or ours is None:
-                return None
-            curve = depth_divergence(theirs, ours)
-            if curve is not None:
-                self._store.write_curve(key, curve)
-        return curve
+            curve = None if theirs is None or ours is None else depth_divergence(theirs, ours)
+            # an empty one where there is none, so that neither model is loaded for it again
+            self._store.write_curve(key, curve or ())
+        return curve or None
 
-    def _record_depths(self) -> Depths | None:
+    @cached_property
+    def _depths(self) -> Depths | None:
         """What the reference's layers give, if any candidate's curve is still to be measured."""
-        if self._depths is None:
-            keys = [key for described in self._candidates if (key := self._curve_key(described)) is not None]
-            loaded = self._load_original().loaded if any(self._store.read_curve(key) is None for key in keys) else None
-            self._depths = None if loaded is None else record_depths(loaded, self._depth_inputs)
-        return self._depths
+        keys = [key for described in self._candidates if (key := self._curve_key(described)) is not None]
+        loaded = self._load_original().loaded if any(self._store.read_curve(key) is None for key in keys) else None
+        return None if loaded is None else record_depths(loaded, self._depth_inputs)
 
     @cached_property
     def _depth_inputs(self) -> Tensor:
@@ -337,6 +337,8 @@ class _Comparison:
             "digest": described.digest,
             "alpha": described.alpha,
             "chunks": described.candidate.chunks,
+            # one directory may be read in several ways, which only the label tells apart
+            "read": None if described.candidate.read is None else described.candidate.label,
             "dtype": str(self._setting.dtype),
             "device": resolve_device(self._setting.device).type,
             "versions": {name: self._versions.get(name) for name in _DECISIVE},
@@ -345,8 +347,9 @@ class _Comparison:
     def _key(self, described: Described, task: Task, **more: Any) -> str:
         divergence = {}
         if isinstance(task, TextTask):
-            # with a cache the reference has 16 bits
-            divergence = {"reference": self._circumstances(self._reference), "stored": self._keeps(task)}
+            # the reference has no divergence, but has one as a candidate; with a cache it has 16 bits
+            reference = None if described is self._reference else self._circumstances(self._reference)
+            divergence = {"reference": reference, "stored": self._keeps(task)}
         return key_of({"task": asdict(task.info), **self._circumstances(described), **divergence, **more})
 
     def _result(
@@ -362,7 +365,7 @@ class _Comparison:
         bits = None if size is None or math.isnan(size.bits_per_weight) else size.bits_per_weight
         return ModelResult(
             label=candidate.label,
-            family=candidate.family or ("original" if is_reference else described.format),
+            family=candidate.family or ("original" if is_reference else described.family),
             model=candidate.model,
             reference=is_reference,
             format=described.format,
@@ -412,8 +415,8 @@ def _recovery(score: Score, own: Outcome, found: Outcome) -> Interval | None:
     reference, model = own.items.get(score.metric), found.items.get(score.metric)
     if score.metric in DIVERGENCE_METRICS or reference is None or model is None:
         return None
-    if len(reference.values) != len(model.values):
-        return None  # a server that cuts the text otherwise
+    if reference.weights != model.weights:
+        return None
     if score.metric == METRIC:
         return perplexity_recovery(reference, model)
     return mean_recovery(reference, model, higher_is_better=score.higher_is_better)

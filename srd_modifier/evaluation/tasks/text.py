@@ -93,7 +93,7 @@ class TextTask:
         progress: Progress | None = None,
     ) -> Outcome:
         """Perplexity and, for a model of this process and with a reference, divergence."""
-        tokenizer = _ServersTokenizer(subject.scorer) if subject.loaded is None else subject.loaded.tokenizer
+        tokenizer = tokenizer_of(subject)
         tokens, first_token = self.stream(tokenizer), self.first_token(tokenizer)
         windows = self.windows(subject, tokens)
         started = time.perf_counter()
@@ -167,6 +167,11 @@ def require_fit(model: LoadedModel, tokens: Tensor, rule: WindowRule) -> None:
             f"{model.name}: its tokenizer gives token id {int(tokens.max())}, but the model has only "
             f"{model.vocabulary_size} embeddings"
         )
+
+
+def tokenizer_of(subject: Subject) -> Any:
+    """What makes a text's tokens for a model, called as a tokenizer of Transformers is."""
+    return _ServersTokenizer(subject.scorer) if subject.loaded is None else subject.loaded.tokenizer
 
 
 class _ServersTokenizer:
