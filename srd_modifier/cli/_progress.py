@@ -1,4 +1,4 @@
-"""Bars on stderr for work that takes longer than two seconds, and nothing at all where stderr is not a terminal."""
+"""Bars on stderr, with the time that is left, and nothing at all where stderr is not a terminal."""
 
 import sys
 from collections.abc import Callable, Iterator

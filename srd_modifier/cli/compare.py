@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
+from srd_modifier._extras import require
 from srd_modifier.cli.eval import ConventionName, DeviceName, DtypeName, command_line
 
 # what nobody asked for stays small
@@ -73,8 +74,12 @@ def compare(
         limit=limit,
         num_fewshot=num_fewshot,
     )
-    if not tasks and text is None:
+    if not tasks.strip(" ,") and text is None:
         raise typer.BadParameter("give --tasks names, or --text a file")
+    # what the report needs is asked for before the minutes of scoring, not after them
+    require("jsonschema", extra="eval")
+    if plots:
+        require("matplotlib", extra="plot")
     models = [Candidate.parse(word) for word in (reference, *candidates)]
     output.mkdir(parents=True, exist_ok=True)
     console = Console()
@@ -82,7 +87,7 @@ def compare(
         results = run(
             models[0],
             models[1:],
-            find_tasks([name for name in tasks.split(",") if name], options),
+            find_tasks([name.strip() for name in tasks.split(",") if name.strip()], options),
             output,
             setting=Setting(
                 dtype=getattr(torch, dtype.value),
@@ -95,8 +100,8 @@ def compare(
             command=command_line(),
             settings={"max_tokens": max_tokens, "limit": limit},
             progress=progress,
-            say=lambda line: Console(stderr=True).print(line, style="dim"),
+            say=lambda line: Console(stderr=True).print(line, style="dim", soft_wrap=True, markup=False),
         )
     written = write_report(results, output, plots=plots)
     console.print(Markdown(markdown_table(results)))
-    console.print(f"wrote {', '.join(path.name for path in written)} to {output}", soft_wrap=True)
+    console.print(f"wrote {', '.join(path.name for path in written)} to {output}", soft_wrap=True, markup=False)

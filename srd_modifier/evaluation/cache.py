@@ -89,7 +89,10 @@ class StoredRows:
 
 
 def store(log_probabilities: Tensor, targets: Tensor) -> StoredRows:
-    """Encode rows; `StoredRows.log_probabilities` brings them back to within `HALF_STEP`, if not below the floor.
+    """Encode rows, each value to within `HALF_STEP` if it is not below the floor.
+
+    What `StoredRows.log_probabilities` gives may be off by as much again, the same for a whole row, which it makes sum
+    to 1.
 
     Args:
         log_probabilities: float64 [rows, vocabulary].

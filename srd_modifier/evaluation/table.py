@@ -5,7 +5,7 @@ There is no HTML in it, so that a terminal shows it as well as a web page does.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from srd_modifier.evaluation.results import DIVERGENCE_METRICS, Interval, ModelResult, Results, Score, TaskInfo
 
@@ -47,16 +47,24 @@ def markdown_table(results: Results) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def table_rows(results: Results, *, origin: Callable[[ModelResult], str] | None = None) -> str:
+def table_rows(
+    results: Results,
+    *,
+    origin: Callable[[ModelResult], str] | None = None,
+    shown: Sequence[tuple[str, str]] | None = None,
+    marks: bool = True,
+) -> str:
     """The table alone, without a line end.
 
     Args:
         results: the comparison.
         origin: Markdown for one more column that says where a model comes from.
+        shown: task and metric of each column; `None` is `shown_metrics`.
+        marks: point to the footnotes.
     """
-    shown = shown_metrics(results)
+    shown = shown_metrics(results) if shown is None else shown
     columns = [
-        ["model", *(_label(results, model) for model in results.models)],
+        ["model", *(_label(results, model, marks=marks) for model in results.models)],
         *([] if origin is None else [["", *(origin(model) for model in results.models)]]),
         ["bytes on disk", *(_number(model.bytes_on_disk, ",d") for model in results.models)],
         ["bits/weight", *(_number(model.bits_per_weight, ".2f") for model in results.models)],
@@ -162,10 +170,10 @@ def _head(results: Results, task: str, metric: str) -> str:
     return f"{escape(results.task(task).title)} {escape(METRIC_NAMES.get(metric, metric))} {arrow}"
 
 
-def _label(results: Results, model: ModelResult) -> str:
-    marks = [mark for note, mark in _marked_notes(results).items() if note in model.notes]
+def _label(results: Results, model: ModelResult, *, marks: bool) -> str:
     name = escape(model.label) + (" (reference)" if model.reference else "")
-    return " ".join([name, *marks])
+    notes = [mark for note, mark in _marked_notes(results).items() if marks and note in model.notes]
+    return " ".join([name, *notes])
 
 
 def _marked_notes(results: Results) -> dict[str, str]:

@@ -6,14 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from comparisons import accuracy, kld, make_model, make_results, ppl
 from random_models import TINY_LLAMA
 from typer.testing import CliRunner
 
 from srd_modifier.checkpoint.sizes import CheckpointSize
 from srd_modifier.cli.eval import ConventionName, evaluate
 from srd_modifier.errors import SRDError
+from srd_modifier.evaluation.comparison.candidate import Candidate
+from srd_modifier.evaluation.comparison.run import Setting
 from srd_modifier.evaluation.report import Report
+from srd_modifier.evaluation.results import read_results
 from srd_modifier.evaluation.scores import Divergence, Perplexity
+from srd_modifier.evaluation.tasks.find import TaskOptions
 from srd_modifier.evaluation.windows import Convention, window_rule
 
 REPORT = Report(
@@ -207,3 +212,169 @@ def test_a_gguf_file_is_scored_from_its_own_bytes(app, tmp_path):
     assert 0 < found["kld_mean"] < 1e-3
     assert found["bits_per_weight"] == 8.5
     assert found["bytes_on_disk"] == path.stat().st_size
+
+
+# tasks, and models behind an address
+
+
+PROSE = "The river runs north through the old town and turns east below the bridge.\n" * 8
+ADDRESS = "http://127.0.0.1:8000"
+
+
+@pytest.fixture
+def comparisons(monkeypatch):
+    """What `srd eval` asks of a comparison, which leaves nothing behind."""
+    calls = []
+
+    def compare(reference, candidates, tasks, output, **options):
+        models = [reference, *candidates]
+        assert output.is_dir()
+        calls.append({"models": models, "tasks": tasks, "output": output, **options})
+        row = make_model("srd", 8_000_000, ppl(10.5, 95.2, 94.0, 96.1), kld(0.002, stderr=0.0001), accuracy(0.7))
+        return make_results(row) if candidates else make_results()
+
+    monkeypatch.setattr("srd_modifier.evaluation.comparison.run.compare", compare)
+    monkeypatch.setattr("srd_modifier.cli._quiet.quiet_libraries", lambda *, bars: None)
+    return calls
+
+
+@pytest.fixture
+def wiki(tmp_path):
+    (tmp_path / "wiki.test.raw").write_text(PROSE)
+    return tmp_path
+
+
+def test_a_task_is_a_comparison_of_one(app, comparisons, wiki):
+    result = run(app, "out/srd", "--task", "wikitext2", "--data-dir", wiki)
+    assert result.exit_code == 0, result.output
+    (call,) = comparisons
+    assert call["models"] == [Candidate("out/srd", "out/srd")]
+    assert [task.name for task in call["tasks"]] == ["wikitext2"]
+    assert call["setting"] == Setting(depth_tokens=0)
+    assert call["setting"].cache is None
+    assert not call["output"].exists()
+    assert call["settings"] == {"max_tokens": None, "limit": None}
+
+
+def test_every_option_of_tasks_arrives(app, comparisons, wiki):
+    options = "--task wikitext2 --task wikitext2_llamacpp --reference original --ctx 64 --stride 64 --alpha 0.5"
+    options += " --chunk early --chunk reasoning --limit 7 --num-fewshot 2 --max-tokens 1000 --batch-size 2"
+    options += " --dtype bfloat16 --device auto --convention llamacpp"
+    text = wiki / "wiki.test.raw"
+    result = run(app, "out/srd", "--data-dir", wiki, "--text", text, *options.split())
+    assert result.exit_code == 0, result.output
+    (call,) = comparisons
+    assert call["models"] == [
+        Candidate("original", "original"),
+        Candidate("out/srd", "out/srd", alpha=0.5, chunks=("early", "reasoning")),
+    ]
+    assert [(task.name, task.rule.ctx, task.max_tokens) for task in call["tasks"]] == [
+        ("wikitext2", 64, 1000),
+        ("wikitext2_llamacpp", 64, 1000),
+        ("text", 64, 1000),
+    ]
+    assert call["tasks"][2].rule.convention is Convention.LLAMACPP
+    assert call["setting"] == Setting(torch.bfloat16, "auto", 2, depth_tokens=0)
+    assert call["settings"] == {"max_tokens": 1000, "limit": 7}
+
+
+def test_options_of_questions_arrive(app, comparisons, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "srd_modifier.evaluation.tasks.find.find_tasks", lambda names, options: asked.append((names, options)) or []
+    )
+    options = ["--task", "piqa", "--task", "gsm8k", "--data-dir", tmp_path, "--limit", 7, "--num-fewshot", 3]
+    assert run(app, "model", *options).exit_code == 0
+    ((names, found),) = asked
+    assert names == ["piqa", "gsm8k"]
+    assert found == TaskOptions(data_dir=tmp_path, limit=7, num_fewshot=3)
+
+
+def test_a_model_beside_itself_has_two_names(app, comparisons, wiki):
+    run(app, "model", "--task", "wikitext2", "--data-dir", wiki, "--reference", "model", "--alpha", 0.5)
+    labels = [model.label for model in comparisons[0]["models"]]
+    assert labels == ["model (reference)", "model"]
+
+
+def test_an_address_is_scored_on_a_text_too(app, comparisons, wiki):
+    assert run(app, ADDRESS, "--text", wiki / "wiki.test.raw", "--max-tokens", 50).exit_code == 0
+    (call,) = comparisons
+    assert call["models"] == [Candidate(ADDRESS, ADDRESS)]
+    assert [task.name for task in call["tasks"]] == ["text"]
+
+
+def test_the_table_of_tasks_has_what_is_left_of_the_reference(app, comparisons, wiki, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    output = run(app, "srd", "--reference", "original", "--task", "wikitext2", "--data-dir", wiki).stdout
+    for expected in (
+        "10.5000 ± 0.5000",
+        "10.0000 ± 0.5000",
+        "95.20 % [94.00, 96.10]",
+        "2.000e-03 ± 1.0e-04",
+        "0.7000 ± 0.0100",
+        "ARC easy",
+        "8,000,000 bytes on disk",
+        "windows of 512 tokens",
+    ):
+        assert expected in output, output
+
+
+def test_the_table_of_one_model_has_its_values(app, comparisons, wiki, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    output = run(app, "original", "--task", "wikitext2", "--data-dir", wiki).stdout
+    assert "10.0000 ± 0.5000" in output
+    assert "recovery" not in output
+
+
+def test_tasks_as_json_are_the_results(app, comparisons, wiki, tmp_path):
+    arguments = ["srd", "--reference", "original", "--task", "wikitext2", "--data-dir", wiki]
+    result = run(app, *arguments, "--json", "-")
+    values = json.loads(result.stdout)
+    assert (values["schema"], [model["label"] for model in values["models"]]) == (1, ["bf16", "srd"])
+    assert result.stderr == ""
+    path = tmp_path / "result.json"
+    assert "ARC easy" in run(app, *arguments, "--json", path).stdout
+    assert json.loads(path.read_text()) == values
+    assert len(read_results(path).models) == 2
+
+
+def test_tasks_that_could_not_be_written_are_refused_before_scoring(app, comparisons, wiki):
+    result = run(app, "srd", "--task", "wikitext2", "--data-dir", wiki, "--json", wiki / "nowhere" / "a.json")
+    assert "cannot be written, there is no directory" in str(result.exception)
+    assert comparisons == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["model", "--task", "piqa", "--limit", "0"],
+        ["model", "--task", "piqa", "--num-fewshot", "-1"],
+        ["model", "--task", "piqa", "--device", "tpu"],
+        [ADDRESS],
+    ],
+    ids=["limit", "num-fewshot", "device", "an address and nothing else"],
+)
+def test_misuse_of_tasks_exits_with_status_two(app, comparisons, arguments):
+    assert run(app, *arguments).exit_code == 2
+    assert comparisons == []
+
+
+def test_a_task_the_whole_way(app, wiki, monkeypatch):
+    monkeypatch.setattr("srd_modifier.cli._quiet.quiet_libraries", lambda *, bars: None)
+    sizes = ["--ctx", 64, "--stride", 32, "--data-dir", wiki, "--max-tokens", 100]
+    result = run(app, TINY_LLAMA, "--reference", TINY_LLAMA, "--task", "wikitext2", *sizes, "--json", "-")
+    values = json.loads(result.stdout)
+    scores = {score["metric"]: score["value"] for score in values["models"][1]["scores"]}
+    assert scores["kld_mean"] == 0
+    assert scores["top1_agreement"] == 1
+    assert 1 < scores["ppl"] < 500
+    assert scores["ppl"] == values["models"][0]["scores"][0]["value"]
+    assert values["models"][0]["label"] == f"{TINY_LLAMA} (reference)"
+    assert values["settings"]["max_tokens"] == 100
+
+
+def test_a_server_that_is_not_there_is_an_error_for_the_shared_handler(app, wiki, monkeypatch):
+    monkeypatch.setattr("srd_modifier.cli._quiet.quiet_libraries", lambda *, bars: None)
+    result = run(app, "http://127.0.0.1:1", "--text", wiki / "wiki.test.raw")
+    assert isinstance(result.exception, SRDError)
+    assert str(result.exception).startswith("http://127.0.0.1:1")

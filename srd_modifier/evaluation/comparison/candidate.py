@@ -43,7 +43,9 @@ class Candidate:
         family: rows of one family are drawn as one line.
         alpha: share of the residual to apply, `None` for the checkpoint's own.
         chunks: chunks of depth whose residual to apply, `None` for all.
-        read: reads the Transformers model itself, for formats that `evaluation.load` does not know.
+        read: reads the Transformers model itself, for formats that `evaluation.load` does not know; `model` is then the
+            directory or file that identifies it.
+        tokenizer: where the tokenizer of such a model is, `None` for beside it.
         bytes_on_disk: of the files that hold its weights, where `evaluation.load` cannot say.
         format: in words, `None` to find out.
         notes: for footnotes.
@@ -55,6 +57,7 @@ class Candidate:
     alpha: float | None = None
     chunks: tuple[str, ...] | None = None
     read: Callable[[], Any] | None = None
+    tokenizer: str | None = None
     bytes_on_disk: int | None = None
     format: str | None = None
     notes: tuple[str, ...] = ()
@@ -120,7 +123,8 @@ class Described:
             return Subject(connect(candidate.model))
         if candidate.read is not None:
             model = candidate.read().to(resolve_device(device)).eval()
-            loaded = LoadedModel(candidate.label, model, self.path, load_tokenizer(str(self.path)))
+            tokenizer = load_tokenizer(candidate.tokenizer or candidate.model)
+            loaded = LoadedModel(candidate.label, model, self.path, tokenizer)
         else:
             loaded = load(candidate.model, alpha=candidate.alpha, chunks=candidate.chunks, dtype=dtype, device=device)
         return Subject(LocalScorer(loaded, batch_size=batch_size), loaded)
@@ -181,6 +185,9 @@ def describe(candidate: Candidate) -> Described:
         _refuse_settings(candidate)
         file = GGUFFile(Path(candidate.model))
         return Described(candidate, file.path, model_digest(file.path), candidate.format or f"GGUF {file.file_type}")
+    if candidate.read is not None:
+        path = Path(candidate.model)
+        return Described(candidate, path, model_digest(path), candidate.format or candidate.family)
     path = find_model(candidate.model, fetch_weights=True)
     config = read_json(path / "config.json")
     words = str(config.get("dtype") or config.get("torch_dtype") or "dense")
@@ -190,6 +197,8 @@ def describe(candidate: Candidate) -> Described:
         words = _scheme(quantization) if method == "compressed-tensors" else method
     srd_config = read_srd_config(path)
     if srd_config is not None:
+        # what cannot be applied is said here, before anything is scored
+        corrected_modules(path, srd_config, alpha=candidate.alpha, chunks=candidate.chunks)
         formats = list(summarize(path).formats)
         words = f"W4A16 + {' + '.join(formats)}" if len(formats) < 3 else "W4A16 + residuals"
     else:

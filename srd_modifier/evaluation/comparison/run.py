@@ -246,6 +246,8 @@ class _Comparison:
         for task in self._tasks:
             found[task.info.name] = self._known(described, task, partial(self._measure, opened, task, described))
         curve = self._curve(described, opened)
+        for subject in opened.made:
+            subject.close()
         return self._result(described, found, own, curve, total_weights)
 
     def _measure(self, opened: "_Once[Subject]", task: Task, described: Described) -> Outcome:
@@ -350,7 +352,9 @@ class _Comparison:
             # the reference has no divergence, but has one as a candidate; with a cache it has 16 bits
             reference = None if described is self._reference else self._circumstances(self._reference)
             divergence = {"reference": reference, "stored": self._keeps(task)}
-        return key_of({"task": asdict(task.info), **self._circumstances(described), **divergence, **more})
+        # not where its data lies: a directory that was moved is not measured again
+        asked = {"name": task.info.name, "sha256": task.info.sha256, "settings": task.info.settings}
+        return key_of({"task": asked, **self._circumstances(described), **divergence, **more})
 
     def _result(
         self,
@@ -397,13 +401,13 @@ class _Once(Generic[T]):
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make = make
-        self._made: list[T] = []
+        self.made: list[T] = []
 
     def get(self) -> T:
         """The value."""
-        if not self._made:
-            self._made.append(self._make())
-        return self._made[0]
+        if not self.made:
+            self.made.append(self._make())
+        return self.made[0]
 
 
 def _say_nothing(line: str) -> None:

@@ -54,6 +54,12 @@ class Subject:
         """What errors call it."""
         return self.scorer.name
 
+    def close(self) -> None:
+        """End what runs beside the model: the llama.cpp that a GGUF file's tokenizer asks."""
+        close = getattr(getattr(self.loaded, "tokenizer", None), "close", None)
+        if close is not None:
+            close()
+
 
 class Task(Protocol):
     """Something to score models by."""

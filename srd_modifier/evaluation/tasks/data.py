@@ -12,7 +12,7 @@ from srd_modifier.evaluation.text import Text, read_text
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
 _WIKITEXT_FILES = ("wiki.test.raw", "wikitext-2-raw/wiki.test.raw", "wikitext/wiki.test.raw")
 
-_SPLITS = ("test", "validation", "train")
+_SPLITS = ("test", "validation", "dev", "train")
 _KINDS = (".jsonl", ".json", ".parquet", ".csv")
 
 

@@ -183,12 +183,31 @@ class HarnessTask:
             "task": self.name,
             "dataset_path": reader_of(files),
             "dataset_name": None,
+            **dict.fromkeys(self._missing_splits(files)),
             # a cache of its own: a file that was changed is never taken for the one before
             "dataset_kwargs": {"data_files": files, "cache_dir": self._folder.name},
         }
         path = Path(self._folder.name) / f"{self.name}.yaml"
         path.write_text(yaml.safe_dump(definition), encoding="utf-8")
         return str(path)
+
+    def _missing_splits(self, files: dict[str, str]) -> list[str]:
+        """Options of the task that name a split without a file: the harness reads all splits that are named.
+
+        Raises:
+            SRDError: Examples are to be shown, and the split that they come from is one of these.
+        """
+        own = self._manager.task_index[self.name].cfg or {}
+        options = ("training_split", "validation_split", "test_split", "fewshot_split")
+        missing = [option for option in options if own.get(option) is not None and own[option] not in files]
+        shots = (own.get("num_fewshot") or 0) if self.num_fewshot is None else self.num_fewshot
+        examples = "fewshot_split" if own.get("fewshot_split") else "training_split"
+        if shots and examples in missing and "samples" not in (own.get("fewshot_config") or {}):
+            raise SRDError(
+                f"task {self.name}: shows {shots} examples from its {own[examples]} split, for which --data-dir must "
+                f"have {self.name}/{own[examples]}.jsonl beside the questions; or show none, with num_fewshot 0"
+            )
+        return missing
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
