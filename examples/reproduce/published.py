@@ -71,11 +71,10 @@ def _with_error(score: Score | None) -> str:
 def _legend(results: Results) -> str:
     return (
         "Values are given ± their standard error. KLD is the mean Kullback-Leibler divergence from the "
-        f"{escape(results.reference.label)}, in nats per token. D8 bytes are those of the residual that the row "
-        "applies: of its files where it is all of it, of its tensors where it is a part. Bits per weight are those of "
-        "the decoder layers' matrices, scales counted. The last column is llama.cpp's own computation from the GGUF "
-        f"file, over the windows that its head names; it is not to be compared with the first. {_NONE} is what a row "
-        "does not have."
+        f"{escape(results.reference.label)}, in nats per token. D8 bytes are the codes and scales of the residual that "
+        "the row applies. Bits per weight are those of the decoder layers' matrices, scales counted. The last column "
+        "is llama.cpp's own computation from the GGUF file, over the windows that its head names; it is not to be "
+        f"compared with the first. {_NONE} is what a row does not have."
     )
 
 

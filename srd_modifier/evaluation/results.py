@@ -88,7 +88,7 @@ class ModelResult:
         bytes_on_disk: of the files that hold weights, codes, scales, masks and headers counted; `None` for a server.
         bits_per_weight: of the decoder layers' matrices, scales and masks counted; `None` where it is not known.
         total_bits_per_weight: bits on disk over the number of the reference's weights.
-        residual_bytes: of the residual that was applied, `None` for a model without one.
+        residual_bytes: codes, scales and masks of the residual that was applied, `None` for a model without one.
         seconds: spent scoring.
         notes: what a reader must know, for footnotes.
         scores: of every task.

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from srd_modifier.checkpoint.config import SRDConfig, read_json, read_srd_config
 from srd_modifier.checkpoint.locate import find_model
+from srd_modifier.checkpoint.sidecar import Sidecar
 from srd_modifier.checkpoint.sizes import CheckpointSize, measure
 from srd_modifier.checkpoint.summary import summarize
 from srd_modifier.errors import ConfigError
@@ -141,10 +143,7 @@ class Described:
             return GGUFFile(self.path).size
         if self.config is None:
             return measure(self.path)
-        return measure(
-            self.path,
-            corrected=corrected_modules(self.path, self.config, alpha=candidate.alpha, chunks=candidate.chunks),
-        )
+        return measure(self.path, corrected=self._corrected)
 
     @property
     def family(self) -> str:
@@ -157,10 +156,19 @@ class Described:
 
     @property
     def residual_bytes(self) -> int | None:
-        """Of the residual as it is applied, `None` for a model without one."""
-        if self.config is None or self.path is None or self.size is None:
+        """Codes, scales and masks of the residual as it is applied, `None` for a model without one."""
+        if self.config is None or self.path is None:
             return None
-        return self.size.bytes_on_disk - measure(self.path, corrected=()).bytes_on_disk
+        entries = Sidecar.open(self.path, self.config).entries
+        return sum(entries[module].bytes() for module in self._corrected)
+
+    @cached_property
+    def _corrected(self) -> frozenset[str]:
+        """Modules whose residual is applied."""
+        if self.config is None or self.path is None:
+            return frozenset()
+        chosen = self.candidate
+        return corrected_modules(self.path, self.config, alpha=chosen.alpha, chunks=chosen.chunks)
 
     @property
     def alpha(self) -> float | None:
