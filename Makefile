@@ -5,7 +5,7 @@
 PYTHON ?= python3
 WORKERS ?= 2
 BENCHMARKS ?= benchmarks.rounding benchmarks.quality benchmarks.oneshot_cost benchmarks.sensitivity_cost benchmarks.load_time \
-	benchmarks.gguf_quality benchmarks.gguf_export
+	benchmarks.gguf_quality benchmarks.gguf_export benchmarks.evaluation_speed
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,7 +34,7 @@ help:
 	@echo "make test-fast  the tests that take a few seconds at most"
 	@echo "make lint       ruff and mypy; make format lets ruff rewrite the files"
 	@echo "make bench      measure: $(BENCHMARKS)"
-	@echo "make bench-quality  only divergence against bytes, beside K-quants and GPTQ: the table and plot of the README"
+	@echo "make bench-quality  every peer side by side: renews the table and plot of the README (about an hour)"
 	@echo "make bench-serving  what vLLM pays for a corrected model: start, decoding, memory (SERVING='--model smollm2-135m')"
 	@echo "make venv       only build the environment in $(VENV)"
 	@echo "make venv-vllm  only build the environment in $(SERVING_VENV)"
@@ -97,7 +97,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 bench-quality: $(INSTALLED)
-	$(BIN)/python -m benchmarks.quality $(QUALITY)
+	$(BIN)/python -m benchmarks.peers --publish $(QUALITY)
 
 bench-serving: $(SERVING_INSTALLED)
 	OMP_NUM_THREADS=1 $(SERVING_BIN)/python -m benchmarks.vllm_serving $(SERVING)

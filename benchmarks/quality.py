@@ -1,6 +1,5 @@
 """Quality against bytes: llama.cpp's K-quants, GPTQ, round-to-nearest, and residuals in every form, all in one run.
 
-    make bench-quality                      (options in QUALITY='--max-tokens 20000 --plot out/quality.svg')
     python -m benchmarks.quality [--model DIR] [--calibration FILE|self] [--text FILE] [--max-tokens N]
                                  [--group-size N] [--ctx N] [--plot FILE] [--json FILE]
 
