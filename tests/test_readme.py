@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.peers.publish import with_table
 from srd_modifier.quantizing import load_recipe
 
 REPOSITORY = Path(__file__).parents[1]
@@ -162,6 +163,12 @@ def test_files_that_are_named_exist():
     named = re.findall(r"\b(?:recipes|examples|docs|benchmarks)/[\w./-]*\w", text)
     assert named
     assert sorted({name for name in named if not (REPOSITORY / name).exists()}) == []
+
+
+def test_the_table_of_peers_is_the_generated_one():
+    page = README.read_text(encoding="utf-8")
+    assert page.count("<!-- peers -->\n|") == page.count("<!-- end of peers -->") == 1
+    assert with_table(page) == page
 
 
 def test_recipes_load(tmp_path):

@@ -8,13 +8,14 @@ By default tiny-llama, calibrated on 64 windows of 512 tokens of ../shared/data/
 llama.cpp's windows and for TruthfulQA MC1 with data from ../shared/data/eval; where these are not at hand, calibrated
 on text that the model writes itself and scored on the demo's text. Float32, against the bf16 original. Every model is
 saved by its own package and scored from what is on disk; bytes are those of its files. A peer that cannot run on this
-machine is named with its reason.
+machine is named with its reason. An interrupted run goes on where it stopped; `make clean` lets it begin anew.
 
 `--publish` writes figures, table and plot into docs/, and the table into README.md between the marks that are there.
 """
 
 import argparse
 import dataclasses
+import pickle
 import shlex
 import shutil
 import sys
@@ -27,11 +28,14 @@ from benchmarks.models import REPOSITORY, TINY_LLAMA
 from benchmarks.peers import PEERS
 from benchmarks.peers.base import Made, Setting, Unavailable
 from benchmarks.peers.publish import publish
+from srd_modifier.checkpoint.locate import find_model
 from srd_modifier.cli._quiet import quiet_libraries
 from srd_modifier.evaluation.comparison.candidate import Candidate
+from srd_modifier.evaluation.comparison.environment import library_versions
 from srd_modifier.evaluation.comparison.report import write_report
 from srd_modifier.evaluation.comparison.run import Setting as ScoreSetting
 from srd_modifier.evaluation.comparison.run import compare
+from srd_modifier.evaluation.digest import model_digest
 from srd_modifier.evaluation.table import markdown_table
 from srd_modifier.evaluation.tasks.find import TaskOptions, find_tasks
 
@@ -44,8 +48,7 @@ def main() -> None:
     options = _parse()
     quiet_libraries(bars=False)
     models = options.output / "models"
-    shutil.rmtree(models, ignore_errors=True)
-    models.mkdir(parents=True)
+    models.mkdir(parents=True, exist_ok=True)
     setting = Setting(
         options.model, _samples(options), options.samples_length, models, options.group_size, options.seed
     )
@@ -122,18 +125,40 @@ def _samples(options: argparse.Namespace) -> list[list[int]]:
 
 
 def _make(setting: Setting, names: list[str]) -> tuple[list[Made], dict[str, str]]:
-    """What every peer makes, and why some cannot."""
+    """What every peer makes, and why some cannot; what an interrupted run has made is taken from it."""
     found: list[Made] = []
     unavailable: dict[str, str] = {}
     for name in names:
-        try:
-            for made in PEERS[name](setting):
-                print(f"made {made.label} in {made.seconds:.0f} s ({made.package})", flush=True)
-                found.append(made)
-        except Unavailable as reason:
-            print(f"not run: {name}: {reason}", flush=True)
-            unavailable[name] = str(reason)
+        own = dataclasses.replace(setting, folder=setting.folder / name)
+        done = setting.folder / f"{name}.pickle"
+        rows = _made_before(done, own)
+        if rows is None:
+            shutil.rmtree(own.folder, ignore_errors=True)
+            own.folder.mkdir()
+            rows = []
+            try:
+                for made in PEERS[name](own):
+                    print(f"made {made.label} in {made.seconds:.0f} s ({made.package})", flush=True)
+                    rows.append(made)
+            except Unavailable as reason:
+                print(f"not run: {name}: {reason}", flush=True)
+                unavailable[name] = str(reason)
+            else:
+                done.write_bytes(pickle.dumps((_circumstances(own), rows)))
+        found += rows
     return found, unavailable
+
+
+def _made_before(path: Path, setting: Setting) -> list[Made] | None:
+    """The rows of a run under the same circumstances."""
+    if not path.is_file():
+        return None
+    before, rows = pickle.loads(path.read_bytes())
+    return rows if before == _circumstances(setting) else None
+
+
+def _circumstances(setting: Setting) -> tuple[Setting, str, dict[str, str]]:
+    return setting, model_digest(find_model(setting.model)), library_versions()
 
 
 def _candidate(made: Made, model: str) -> Candidate:

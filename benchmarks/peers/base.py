@@ -7,7 +7,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-Family = Literal["llm-compressor", "AutoRound", "ggml", "bitsandbytes", "HQQ", "low rank", "SRD"]
+Family = Literal[
+    "llm-compressor",
+    "AutoRound",
+    "ggml",
+    "bitsandbytes",
+    "HQQ",
+    "QERA-approx",
+    "QERA-exact",
+    "SRD by budget",
+    "SRD W4, D8",
+    "SRD GGUF",
+]
 
 
 @dataclass(frozen=True)

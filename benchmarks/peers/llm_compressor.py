@@ -9,8 +9,9 @@ import torch
 from benchmarks.peers.base import Made, Setting, require, versions
 from benchmarks.peers.oneshot import run_oneshot, w4a16
 
-_AWQ_NOTE = (
-    "llm-compressor pins AWQ's cached inputs in memory and stops where there is no accelerator to copy them to; "
+_SCHEME_NOTE = "AWQ has the symmetric scheme of the other rows here; the recipes of its authors are asymmetric."
+_PINNING_NOTE = (
+    " llm-compressor pins AWQ's cached inputs in memory and stops where there is no accelerator to copy them to; "
     "here it runs with the pinning switched off, which changes no number (docs/upstream.md)."
 )
 
@@ -37,16 +38,16 @@ def _made(setting: Setting, name: str, label: str, recipe: list[Any], note: str 
 
 
 @contextmanager
-def _without_pinning() -> Iterator[str | None]:
+def _without_pinning() -> Iterator[str]:
     """On a machine without an accelerator, switch AWQ's pinning of memory off for a while; gives the note about it."""
     from llmcompressor.pipelines.cache import IntermediatesCache
 
     if torch.accelerator.is_available():
-        yield None
+        yield _SCHEME_NOTE
         return
     original = IntermediatesCache.pin_memory
     IntermediatesCache.pin_memory = lambda self, *args: None
     try:
-        yield _AWQ_NOTE
+        yield _SCHEME_NOTE + _PINNING_NOTE
     finally:
         IntermediatesCache.pin_memory = original

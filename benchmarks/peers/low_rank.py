@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers.base import Made, Setting, Unavailable, require, versions
+from benchmarks.peers.base import Family, Made, Setting, Unavailable, require, versions
 from benchmarks.peers.moments import second_moments
 from benchmarks.peers.oneshot import run_oneshot, w4a16
 
 BITS = (4.8, 5.5, 6.5625, 8.5)
 """Bits per weight of base and correction together, as our checkpoints by budget have them; the last as W4 + D4 has."""
 
-METHODS = ("QERA-approx", "QERA-exact")
+METHODS: tuple[Family, ...] = ("QERA-approx", "QERA-exact")
 
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -55,7 +55,7 @@ def make(setting: Setting, *, bits: Sequence[float] = BITS) -> Iterator[Made]:
         files = [*base.files, adapter / _WEIGHTS]
         yield Made(
             f"RTN W4 g{setting.group_size} + {method} rank {_range(chosen)}, {target:g} bpw",
-            "low rank",
+            method,
             adapter,
             versions("llmcompressor", "torch"),
             shared + time.perf_counter() - started,

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.base import Made, Setting, require, versions
+from benchmarks.peers.base import Family, Made, Setting, require, versions
 from benchmarks.peers.oneshot import run_oneshot, w4a16
 
 BUDGETS = ((4.8, 0.6), (5.5, 0.6), (6.5625, 0.6), (8.5, 0.6), (8.5, 1.0))
@@ -41,8 +41,8 @@ def by_budget(setting: Setting, budgets: Sequence[tuple[float, float]]) -> Itera
         if balance not in bases:
             bases.add(balance)
             label = f"SRD W4 g{setting.group_size} feedback alone, balance {balance:g}"
-            yield _made(label, path, seconds, alpha=0.0)
-        yield _made(f"SRD budget {bits:g} bpw, balance {balance:g}", path, seconds)
+            yield _made(label, "SRD W4, D8", path, seconds, alpha=0.0)
+        yield _made(f"SRD budget {bits:g} bpw, balance {balance:g}", "SRD by budget", path, seconds)
 
 
 def on_gptq(setting: Setting) -> Iterator[Made]:
@@ -56,8 +56,8 @@ def on_gptq(setting: Setting) -> Iterator[Made]:
     path = setting.folder / "srd-gptq"
     seconds = _run(setting, [modifier, GPTQModifier(**scheme)], path)
     label = f"GPTQ W4 g{setting.group_size} + D8"
-    yield _made(f"{label}, 40-77 % of depth", path, seconds, chunks=("reasoning",))
-    yield _made(label, path, seconds)
+    yield _made(f"{label}, 40-77 % of depth", "SRD W4, D8", path, seconds, chunks=("reasoning",))
+    yield _made(label, "SRD W4, D8", path, seconds)
 
 
 def gguf(setting: Setting) -> Iterator[Made]:
@@ -77,11 +77,11 @@ def gguf(setting: Setting) -> Iterator[Made]:
     file = setting.folder / "srd-Q4_K_M.gguf"
     started = time.perf_counter()
     size = export_gguf(setting.model, file, file_type=FileType.Q4_K_M, calibration=calibration).bytes
-    yield _made("SRD Q4_K_M, calibrated", file, time.perf_counter() - started)
+    yield _made("SRD Q4_K_M, calibrated", "SRD GGUF", file, time.perf_counter() - started)
     file = setting.folder / "srd-budget.gguf"
     started = time.perf_counter()
     export_gguf(setting.model, file, calibration=calibration, budget=Budget(bytes=size))
-    yield _made("SRD GGUF by budget, bytes of Q4_K_M", file, time.perf_counter() - started)
+    yield _made("SRD GGUF by budget, bytes of Q4_K_M", "SRD GGUF", file, time.perf_counter() - started)
 
 
 def _run(setting: Setting, recipe: list[Any], path: Path) -> float:
@@ -91,5 +91,5 @@ def _run(setting: Setting, recipe: list[Any], path: Path) -> float:
         recipe[0].close()
 
 
-def _made(label: str, path: Path, seconds: float, **dial: Any) -> Made:
-    return Made(label, "SRD", path, versions("srd-modifier"), seconds, **dial)
+def _made(label: str, family: Family, path: Path, seconds: float, **dial: Any) -> Made:
+    return Made(label, family, path, versions("srd-modifier"), seconds, **dial)

@@ -170,7 +170,7 @@ def _draw_families(
             *zip(*places, strict=True),
             color=style.colour,
             marker=style.marker,
-            linestyle="-" if joined else "",
+            linestyle=style.dashes if joined else "",
             label=family,
             zorder=4,
         )

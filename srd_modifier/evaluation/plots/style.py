@@ -66,10 +66,11 @@ _SETTINGS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class FamilyStyle:
-    """How the points and the line of a family look."""
+    """How the points of a family and the line that joins them look."""
 
     colour: str
     marker: str
+    dashes: str = "-"
 
 
 def settings() -> AbstractContextManager[None]:
@@ -98,13 +99,16 @@ def family_styles(families: Iterable[str]) -> dict[str, FamilyStyle]:
     Every picture of a comparison asks with all of its families, so that each looks the same everywhere.
     """
     return {
-        family: FamilyStyle(_COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)])
+        # a colour that comes again has lines of its own
+        family: FamilyStyle(
+            _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)], dash(number // len(_COLOURS))
+        )
         for number, family in enumerate(dict.fromkeys(families))
     }
 
 
 def dash(number: int) -> str:
-    """The dashes of a family's n-th line."""
+    """The dashes of the n-th line of one colour."""
     return _DASHES[number % len(_DASHES)]
 
 
