@@ -9,13 +9,21 @@ from benchmarks.models import REPOSITORY
 from srd_modifier.checkpoint.atomic import write_text
 from srd_modifier.evaluation.plots.comparison import quality_pictures
 from srd_modifier.evaluation.results import Results, read_results, write_results
-from srd_modifier.evaluation.table import shown_metrics, table_rows
+from srd_modifier.evaluation.table import markdown_table, shown_metrics, table_rows
 
 RESULTS = REPOSITORY / "docs" / "peers.json"
 PLOT = REPOSITORY / "docs" / "peers.png"
 TABLE = REPOSITORY / "docs" / "peers.md"
 README = REPOSITORY / "README.md"
 
+_HEAD = """\
+# Peers, side by side
+
+Written by `make bench-quality`; every figure with its circumstances is in `peers.json`.
+
+![quality against bytes on disk](peers.png)
+
+"""
 _MARKED = re.compile(r"(?<=<!-- peers -->\n)(.*?)(?=\n<!-- end of peers -->)", re.S)
 
 
@@ -25,7 +33,7 @@ def publish(folder: Path, *, readme: Path = README) -> None:
     write_results(results, RESULTS)
     picture = next(iter(quality_pictures(results).values()))
     shutil.copyfile(folder / picture, PLOT)
-    shutil.copyfile(folder / "table.md", TABLE)
+    write_text(TABLE, _HEAD + markdown_table(results))
     write_text(readme, with_table(readme.read_text(encoding="utf-8")))
 
 
