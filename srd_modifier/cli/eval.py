@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from srd_modifier.evaluation.results import Results, Score
     from srd_modifier.evaluation.tasks.find import TaskOptions
 
-ADDRESSES = ("http://", "https://")
-
 
 class ConventionName(str, Enum):
     """The windowing rules of `srd_modifier.evaluation.windows`, spelled here so that `--help` needs no torch."""
@@ -88,6 +86,7 @@ def evaluate(
     import torch
 
     from srd_modifier.cli._progress import progress_bars
+    from srd_modifier.evaluation.comparison.candidate import ADDRESSES
     from srd_modifier.evaluation.evaluate import evaluate_text
     from srd_modifier.evaluation.windows import Convention
 

@@ -3,12 +3,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from random_models import make_llama, save_model
+from random_models import TINY_LLAMA, make_llama, save_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 PROSE = (
     "The river runs north through the old town and turns east below the bridge. In spring the water rises over the "
@@ -94,3 +95,17 @@ def prose(tmp_path: Path) -> Path:
     path = tmp_path / "prose.txt"
     path.write_text(PROSE * 3)
     return path
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The example's, and the same with a BOS before every text."""
+    directory, bos = tmp_path_factory.mktemp("tokenizers"), 0  # its only special token, of which it puts none
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / name).write_text((TINY_LLAMA / name).read_text())
+    values = json.loads((directory / "tokenizer.json").read_text())
+    token = values["added_tokens"][bos]["content"]
+    values["post_processor"]["single"].insert(0, {"SpecialToken": {"id": token, "type_id": 0}})
+    values["post_processor"]["special_tokens"] = {token: {"id": token, "ids": [bos], "tokens": [token]}}
+    (directory / "tokenizer.json").write_text(json.dumps(values))
+    return {name: AutoTokenizer.from_pretrained(path) for name, path in (("none", TINY_LLAMA), ("bos", directory))}

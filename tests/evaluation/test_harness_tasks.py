@@ -16,8 +16,8 @@ import torch
 import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from random_models import TINY_LLAMA, make_llama
-from transformers import AutoTokenizer, LlamaForCausalLM
+from random_models import make_llama
+from transformers import LlamaForCausalLM
 
 from srd_modifier.errors import SRDError
 from srd_modifier.evaluation.harness_model import HarnessModel
@@ -30,7 +30,6 @@ from srd_modifier.evaluation.tasks.harness import HarnessTask
 
 DEFINITIONS = Path(lm_eval.tasks.__file__).parent
 POSITIONS = 384
-BOS = 0  # of the example's tokenizer, which puts none before a text
 PLACES = ["river", "bridge", "church", "market", "square", "mill"]
 
 TRUTHFULQA = [
@@ -148,20 +147,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         own = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(rows)}}}
         (directory / f"{name}.yaml").write_text(yaml.safe_dump(own | {"test_split": "test"} | definition))
     return directory
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The example's, and the same with a BOS before every text."""
-    directory = tmp_path_factory.mktemp("tokenizers")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (directory / name).write_text((TINY_LLAMA / name).read_text())
-    values = json.loads((directory / "tokenizer.json").read_text())
-    token = values["added_tokens"][BOS]["content"]
-    values["post_processor"]["single"].insert(0, {"SpecialToken": {"id": token, "type_id": 0}})
-    values["post_processor"]["special_tokens"] = {token: {"id": token, "ids": [BOS], "tokens": [token]}}
-    (directory / "tokenizer.json").write_text(json.dumps(values))
-    return {name: AutoTokenizer.from_pretrained(path) for name, path in (("none", TINY_LLAMA), ("bos", directory))}
 
 
 @pytest.fixture(scope="module")

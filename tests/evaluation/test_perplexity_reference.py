@@ -1,6 +1,5 @@
 """Perplexities of text tasks against a loop over plain forward passes that shares no line with the package."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from random_models import TINY_LLAMA
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from srd_modifier.errors import SRDError
 from srd_modifier.evaluation.load import LoadedModel
@@ -73,20 +72,6 @@ def assert_is(outcome: Outcome, expected: Windows) -> None:
     items = outcome.items["ppl"]
     assert items.weights == tuple(count for _, count in expected)
     assert items.values == pytest.approx([loss / count for loss, count in expected], rel=1e-4)
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The example's, and the same with a BOS before every text."""
-    directory = tmp_path_factory.mktemp("tokenizers")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (directory / name).write_text((TINY_LLAMA / name).read_text())
-    values = json.loads((directory / "tokenizer.json").read_text())
-    token = values["added_tokens"][BOS]["content"]
-    values["post_processor"]["single"].insert(0, {"SpecialToken": {"id": token, "type_id": 0}})
-    values["post_processor"]["special_tokens"] = {token: {"id": token, "ids": [BOS], "tokens": [token]}}
-    (directory / "tokenizer.json").write_text(json.dumps(values))
-    return {name: AutoTokenizer.from_pretrained(path) for name, path in (("none", TINY_LLAMA), ("bos", directory))}
 
 
 @pytest.fixture(scope="module")

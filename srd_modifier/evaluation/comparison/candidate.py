@@ -32,7 +32,8 @@ from srd_modifier.selection.depth import check_chunks
 
 _LABEL = re.compile(r"(?P<label>[^=/\\]+)=(?P<rest>.+)")
 _SETTING = re.compile(r"(?P<rest>.+)@(?P<name>alpha|chunks)=(?P<value>[^@]+)")
-_ADDRESSES = ("http://", "https://")
+ADDRESSES = ("http://", "https://")
+"""What the name of a server begins with."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Candidate:
         Raises:
             ConfigError: alpha is no number from 0 to 1, or a chunk is unknown.
         """
-        found = None if text.startswith(_ADDRESSES) else _LABEL.fullmatch(text)
+        found = None if text.startswith(ADDRESSES) else _LABEL.fullmatch(text)
         label, rest = (found["label"], found["rest"]) if found and "@" not in found["label"] else (None, text)
         settings: dict[str, str] = {}
         while match := _SETTING.fullmatch(rest):
@@ -83,7 +84,7 @@ class Candidate:
             settings[match["name"]], rest = match["value"], match["rest"]
         alpha = None if "alpha" not in settings else _alpha(text, settings["alpha"])
         chunks = None if "chunks" not in settings else check_chunks(settings["chunks"].split("+"))
-        shown = [rest if rest.startswith(_ADDRESSES) else Path(rest).name or Path(rest).resolve().name or rest]
+        shown = [rest if rest.startswith(ADDRESSES) else Path(rest).name or Path(rest).resolve().name or rest]
         shown += [] if alpha is None else [f"alpha {alpha:g}"]
         shown += [] if chunks is None else ["+".join(chunks)]
         return cls(rest, label or ", ".join(shown), alpha=alpha, chunks=chunks)
@@ -91,7 +92,7 @@ class Candidate:
     @property
     def is_server(self) -> bool:
         """Whether it runs behind an address."""
-        return self.model.startswith(_ADDRESSES)
+        return self.model.startswith(ADDRESSES)
 
 
 @dataclass(frozen=True)

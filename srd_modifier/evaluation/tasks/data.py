@@ -26,9 +26,10 @@ def wikitext2(data_dir: Path | None) -> Text:
     Raises:
         SRDError: The file is not there and the data set cannot be fetched, or the file is not UTF-8.
     """
-    for name in _WIKITEXT_FILES if data_dir is not None else ():
-        if data_dir is not None and (data_dir / name).is_file():
-            return read_text(data_dir / name)
+    if data_dir is not None:
+        for name in _WIKITEXT_FILES:
+            if (data_dir / name).is_file():
+                return read_text(data_dir / name)
     require("datasets", extra="eval")
     from datasets import load_dataset
 
