@@ -60,8 +60,11 @@ def srd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def srd_process() -> Callable[..., Done]:
     """Run the installed command in a process of its own, where neither stdout nor stderr is a terminal."""
 
+    # what other tests, and the programs that they call in process, set for this one
+    dropped = ("TQDM_DISABLE", "SRD_TRACEBACK", "LLM_COMPRESSOR_LOG_LEVEL")
+
     def run(*arguments: object, **environment: str) -> Done:
-        env = {name: value for name, value in os.environ.items() if name not in ("TQDM_DISABLE", "SRD_TRACEBACK")}
+        env = {name: value for name, value in os.environ.items() if name not in dropped}
         env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
         command = [str(Path(sys.executable).with_name("srd")), *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, env=env | environment)
