@@ -131,7 +131,9 @@ def test_bitsandbytes(setting, check, read, weights_of, original):
     for name in from_disk[0]:
         weight = original[f"{name}.weight"].bfloat16()
         codes, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
-        assert torch.equal(from_disk[0][name].bfloat16(), bnb.functional.dequantize_4bit(codes, state)), name
+        in_memory = bnb.functional.dequantize_4bit(codes, state)
+        # where the CPU multiplies in bfloat16, its kernel rounds once more; NF4's levels are ten times as far apart
+        torch.testing.assert_close(from_disk[0][name].bfloat16(), in_memory, rtol=2**-6, atol=1e-7)
         codes, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
         in_memory = bnb.functional.int8_vectorwise_dequant(codes, scales)
         assert torch.equal(from_disk[2][name], in_memory), name
