@@ -49,6 +49,7 @@ class SRDQuantizer(CompressedTensorsHfQuantizer):
         correction = correction_of(model)
         correction.applied = correction.wanted()
         plain = make_dense(model, correction.sidecar, correction.applied)
+        correction.sidecar.release()  # what was read of the mapped files would stay in memory beside the weights
         self.compressor.remove_decompression_hook(model)
         if plain and hasattr(model.config, "quantization_config"):
             self.remove_quantization_config(model)
