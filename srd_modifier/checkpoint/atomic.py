@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,26 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
         raise CheckpointError(f"{target} already exists; choose another directory or pass --overwrite")
     if not (target / "config.json").is_file():
         raise CheckpointError(f"{target} is not a model directory and is not overwritten; remove it yourself")
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[FileIO]:
+    """A temporary sibling of `target`, open for writing; it becomes `target` when the block ends without an error.
+
+    Raises:
+        CheckpointError: the disk refused a write. The target is untouched.
+    """
+    temporary = sibling(target)
+    try:
+        with temporary.open("xb", buffering=0) as file:
+            yield file
+            os.fsync(file.fileno())
+        temporary.replace(target)
+        _flush(target.absolute().parent)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

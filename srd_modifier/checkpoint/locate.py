@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from srd_modifier.checkpoint.config import read_srd_config
+from srd_modifier.checkpoint.extents import as_path
 from srd_modifier.errors import SRDError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -33,13 +34,14 @@ def find_model(
         SRDError: There is no such model.
         CheckpointError: Its config.json is damaged.
     """
-    path = Path(name)
+    path = as_path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise SRDError(f"{name}: the directory has no config.json, so it is not a model")
         return path
     if path.exists():
-        raise SRDError(f"{name} is a file, expected a model directory or a hub id")
+        remedy = "; unpack the container with `srd axm extract`" if path.suffix == ".axm" else ""
+        raise SRDError(f"{name} is a file, expected a model directory or a hub id{remedy}")
     if not _HUB_ID.fullmatch(str(name)):
         raise SRDError(f"{name}: there is no such directory")
     return _find_snapshot(str(name), fetch_weights, revision=revision, cache_dir=cache_directory)

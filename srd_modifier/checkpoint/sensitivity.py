@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from srd_modifier.checkpoint.config import SENSITIVITY, SRDConfig, read_json, read_srd_config
+from srd_modifier.checkpoint.extents import as_path
 from srd_modifier.errors import CheckpointError, ConfigError
 
 SENSITIVITY_VERSION = 1
@@ -160,7 +161,7 @@ def read_sensitivity(directory: Path | str) -> Sensitivity | None:
     Raises:
         CheckpointError: the file belongs to another checkpoint or is not valid; the message names file and field.
     """
-    directory = Path(directory)
+    directory = as_path(directory)
     path = directory / SENSITIVITY
     config = read_srd_config(directory)
     if config is None or not path.is_file():

@@ -6,7 +6,6 @@ error that names the file. The format is small: a length of 8 bytes, a JSON head
 
 import json
 import mmap
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from srd_modifier.checkpoint.extents import open_extent
 from srd_modifier.errors import CheckpointError
 
 DTYPES = {
@@ -62,6 +62,7 @@ class Shard:
     metadata: dict[str, str]
     tensors: dict[str, TensorInfo]
     _map: mmap.mmap = field(repr=False)
+    _origin: int = field(repr=False)  # where the file begins in the map
 
     @classmethod
     def open(cls, path: Path) -> "Shard":
@@ -71,28 +72,28 @@ class Shard:
             CheckpointError: the file is missing, truncated, or not a safetensors file.
         """
         try:
-            with path.open("rb") as file:
-                size = file.seek(0, 2)
+            with open_extent(path) as extent:
+                size = extent.size
                 if size < _LENGTH_BYTES:
                     raise CheckpointError(f"{path} is truncated: {size} bytes are no safetensors file")
                 # a private writable map: torch wants writable memory, and nothing is ever written to it
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                mapped, origin = extent.map(mmap.ACCESS_COPY)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing") from None
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-        header, data_start = _read_header(path, mapped, size)
+        header, data_start = _read_header(path, memoryview(mapped)[origin:], size)
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise CheckpointError(f"{path}: __metadata__ is not an object of strings")
         tensors = {name: _tensor_info(path, name, value, data_start) for name, value in header.items()}
         _check_cover(path, tensors, data_start, size)
-        return cls(path, metadata, tensors, mapped)
+        return cls(path, metadata, tensors, mapped, origin)
 
     def view(self, name: str) -> memoryview:
         """The bytes of a tensor, straight from the map."""
         info = self.tensors[name]
-        return memoryview(self._map)[info.start : info.end]
+        return memoryview(self._map)[self._origin + info.start : self._origin + info.end]
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """The bytes of a tensor, read piece by piece: unlike the map, they never count as this process's memory."""
@@ -106,10 +107,10 @@ class Shard:
             CheckpointError: the file cannot be read, or has become shorter.
         """
         try:
-            with self.path.open("rb", buffering=0) as file:
+            with open_extent(self.path) as extent:
                 for start in starts:
                     wanted = min(length, end - start)
-                    data = os.pread(file.fileno(), wanted, start)
+                    data = extent.read(start, wanted)
                     if len(data) != wanted:
                         raise CheckpointError(f"{self.path} is truncated: it was longer when it was opened")
                     yield data
@@ -132,18 +133,19 @@ class Shard:
             return torch.empty(info.shape, dtype=dtype)
         if info.start % dtype.itemsize:
             return torch.frombuffer(bytearray(self.view(name)), dtype=dtype).reshape(info.shape)
-        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=info.start).reshape(info.shape)
+        place = self._origin + info.start
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=place).reshape(info.shape)
 
 
-def _read_header(path: Path, mapped: mmap.mmap, size: int) -> tuple[dict[str, Any], int]:
-    length = int.from_bytes(mapped[:_LENGTH_BYTES], "little")
+def _read_header(path: Path, content: memoryview, size: int) -> tuple[dict[str, Any], int]:
+    length = int.from_bytes(content[:_LENGTH_BYTES], "little")
     if length > _MAX_HEADER_BYTES:
         raise CheckpointError(f"{path} is not a safetensors file: it claims a header of {length} bytes")
     data_start = _LENGTH_BYTES + length
     if data_start > size:
         raise CheckpointError(f"{path} is truncated: the header ends at byte {data_start}, the file at {size}")
     try:
-        header = json.loads(mapped[_LENGTH_BYTES:data_start].decode(), object_pairs_hook=_no_duplicates)
+        header = json.loads(bytes(content[_LENGTH_BYTES:data_start]).decode(), object_pairs_hook=_no_duplicates)
     except _DuplicateError as error:
         raise CheckpointError(f"{path}: the header has {error.args[0]!r} twice") from None
     except (ValueError, RecursionError) as error:

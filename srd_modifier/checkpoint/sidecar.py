@@ -11,6 +11,7 @@ from torch import Tensor
 
 from srd_modifier.checkpoint.base import BaseCheckpoint
 from srd_modifier.checkpoint.config import IMPORTANCE, SENSITIVITY, VERSION, SRDConfig, read_json, read_srd_config
+from srd_modifier.checkpoint.extents import as_path
 from srd_modifier.checkpoint.shards import DTYPE_NAMES, Shard
 from srd_modifier.checkpoint.writer import METADATA_KEY, ResidualEntry, records_digest
 from srd_modifier.errors import CheckpointError, ConfigError
@@ -52,7 +53,7 @@ class Sidecar:
             CheckpointError: anything is missing, extra, damaged or of another base; the message names the file
                 and the module.
         """
-        directory = Path(directory)
+        directory = as_path(directory)
         config = config or read_srd_config(directory)
         if config is None:
             raise CheckpointError(f"{directory / 'config.json'} has no srd_config: this is not an SRD checkpoint")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from srd_modifier.checkpoint.base import BaseCheckpoint
 from srd_modifier.checkpoint.config import IMPORTANCE, read_json, read_srd_config
+from srd_modifier.checkpoint.extents import as_path
 from srd_modifier.checkpoint.sidecar import Sidecar
 from srd_modifier.selection.depth import layer_of
 
@@ -44,7 +45,7 @@ def measure(directory: Path | str, *, corrected: Collection[str] | None = None) 
         directory: the model.
         corrected: modules whose residual is used; None is all that the sidecar has, an empty collection is plain W4.
     """
-    directory = Path(directory)
+    directory = as_path(directory)
     base = BaseCheckpoint(directory)
     total = sum(path.stat().st_size for path in base.files)
     if base.quantized_modules:

@@ -7,6 +7,7 @@ from typing import Any
 
 from srd_modifier.checkpoint.base import BaseCheckpoint
 from srd_modifier.checkpoint.config import IMPORTANCE, module_alphas, read_srd_config
+from srd_modifier.checkpoint.extents import as_path
 from srd_modifier.checkpoint.sensitivity import read_sensitivity
 from srd_modifier.checkpoint.sidecar import Sidecar
 from srd_modifier.selection.depth import CHUNKS, chunk_of
@@ -75,7 +76,7 @@ def summarize(directory: Path | str) -> Summary:
     Raises:
         CheckpointError: the directory holds no model, or its sidecar is damaged.
     """
-    directory = Path(directory)
+    directory = as_path(directory)
     config = read_srd_config(directory)
     sidecar = None if config is None else Sidecar.open(directory, config)
     base = BaseCheckpoint(directory) if sidecar is None else sidecar.base

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 
+from srd_modifier.axm.entries import EntryPath
 from srd_modifier.errors import SRDError
 
 # Neither the card, the recipe nor a GGUF file beside the checkpoint changes what the directory loads as.
@@ -47,7 +48,9 @@ def model_digest(path: Path) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """The SHA-256 of a file's bytes, hexadecimal."""
+    """The SHA-256 of a file's bytes, hexadecimal; that of one in a container is in its manifest, and not made again."""
+    if isinstance(path, EntryPath):
+        return path.sha256
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:

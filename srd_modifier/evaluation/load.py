@@ -1,9 +1,9 @@
 """Turn what the user names into a model that can be scored.
 
-A name is a GGUF file, scored from its own bytes, or a directory or a hub id of one of three kinds, told apart by
-`config.json`: a plain Transformers model, a compressed-tensors checkpoint (both through `AutoModelForCausalLM`), or a
-checkpoint with a residual, which has a top-level `srd_config` and goes through
-`srd_modifier.transformers.load_corrected`.
+A name is a GGUF file, scored from its own bytes, or a directory, a hub id or a container of one of three kinds, told
+apart by `config.json`: a plain Transformers model, a compressed-tensors checkpoint (both through
+`AutoModelForCausalLM`), or a checkpoint with a residual, which has a top-level `srd_config` and goes through
+`srd_modifier.transformers.load_corrected`. A container may also hold a GGUF file alone.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from srd_modifier.checkpoint.config import SRDConfig, module_alphas, read_srd_co
 from srd_modifier.checkpoint.locate import find_model
 from srd_modifier.checkpoint.sizes import CheckpointSize, measure
 from srd_modifier.errors import CheckpointError, SRDError
+from srd_modifier.evaluation.containers import names_container, open_container
 from srd_modifier.evaluation.gguf import LlamaCppTokenizer, build_model
 from srd_modifier.evaluation.scores import NamedModel
 from srd_modifier.gguf.reader import GGUFFile
@@ -29,7 +30,8 @@ class LoadedModel(NamedModel):
     """A model ready to be scored: in evaluation mode, on its device, under the name the user gave.
 
     Attributes:
-        path: The directory of its files, for a hub id the snapshot in the local cache; or the GGUF file.
+        path: The directory of its files, for a hub id the snapshot in the local cache, for a container the root in it;
+            or the GGUF file, for a container a copy of it.
         tokenizer: The tokenizer beside it, or in the file.
         alpha: Share of the residual that is applied, `None` for a model without one.
         chunks: The chunks whose residual is applied, `None` for all or for a model without one.
@@ -71,7 +73,8 @@ def load(
     """Load a model and its tokenizer.
 
     Args:
-        name: A directory, a Hugging Face hub id, or a file whose name ends in `.gguf`.
+        name: A directory, a Hugging Face hub id, or a file whose name ends in `.gguf` or `.axm`. A container is
+            verified before it is used, with the key in the environment where there is one.
         alpha: For a checkpoint with a residual, the share of it to apply; `None` takes the checkpoint's own.
         chunks: For a checkpoint with a residual, the chunks of depth to apply it to; `None` for all.
         dtype: What the weights are computed in.
@@ -82,26 +85,25 @@ def load(
             is not there, or `alpha` or `chunks` were given for a model without a residual.
     """
     target = resolve_device(device)
-    refuse_container(name)
-    if Path(name).suffix == ".gguf":
+    path = find_files(name)
+    if path.suffix == ".gguf":
         _refuse_residual_options(name, "a GGUF file holds none", alpha=alpha, chunks=chunks)
-        file = GGUFFile(Path(name))
+        file = GGUFFile(path)
         model = build_model(file, dtype)
         return LoadedModel(name, model.to(target).eval(), file.path, LlamaCppTokenizer(file), gguf=file)
-    directory = find_model(name)
-    srd_config = read_srd_config(directory)
+    srd_config = read_srd_config(path)
     if srd_config is None:
         _refuse_residual_options(name, "config.json has no srd_config", alpha=alpha, chunks=chunks)
         tokenizer = _load_tokenizer(name)
         model = _load_plain(name, dtype)
-        return LoadedModel(name, model.to(target).eval(), directory, tokenizer)
-    corrected = corrected_modules(directory, srd_config, alpha=alpha, chunks=chunks)
+        return LoadedModel(name, model.to(target).eval(), path, tokenizer)
+    corrected = corrected_modules(path, srd_config, alpha=alpha, chunks=chunks)
     tokenizer = _load_tokenizer(name)
-    model = _load_residual(directory, alpha=alpha, chunks=chunks, dtype=dtype)
+    model = _load_residual(name if names_container(name) else path, alpha=alpha, chunks=chunks, dtype=dtype)
     return LoadedModel(
         name,
         model.to(target).eval(),
-        directory,
+        path,
         tokenizer,
         alpha=srd_config.alpha if alpha is None else alpha,
         chunks=None if chunks is None else tuple(chunks),
@@ -109,10 +111,22 @@ def load(
     )
 
 
-def refuse_container(name: str) -> None:
-    """Raise SRDError for a signed container, which is not read yet."""
-    if Path(name).suffix == ".axm":
-        raise SRDError(f"{name}: this version does not read .axm containers; extract it and name the directory")
+def find_files(name: str, *, fetch_weights: bool = False) -> Path:
+    """The directory of a model's files, or its GGUF file; of a container, what is in it.
+
+    Args:
+        name: As of `load`.
+        fetch_weights: As of `find_model`.
+
+    Raises:
+        SRDError: There is no such model.
+        CheckpointError: The container was changed, or config.json is damaged.
+    """
+    if names_container(name):
+        return open_container(name)
+    if Path(name).suffix == ".gguf":
+        return Path(name)
+    return find_model(name, fetch_weights=fetch_weights)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -121,8 +135,9 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         SRDError: There is none under this name.
     """
-    if Path(name).suffix == ".gguf":
-        return LlamaCppTokenizer(GGUFFile(Path(name)))
+    path = open_container(name) if names_container(name) else Path(name)
+    if path.suffix == ".gguf":
+        return LlamaCppTokenizer(GGUFFile(path))
     return _load_tokenizer(name)
 
 
@@ -182,10 +197,10 @@ def _load_plain(name: str, dtype: torch.dtype) -> Any:
     return model
 
 
-def _load_residual(directory: Path, *, alpha: float | None, chunks: Sequence[str] | None, dtype: torch.dtype) -> Any:
+def _load_residual(source: Path | str, *, alpha: float | None, chunks: Sequence[str] | None, dtype: torch.dtype) -> Any:
     from srd_modifier.transformers import load_corrected
 
-    return load_corrected(directory, alpha=alpha, chunks=None if chunks is None else list(chunks), dtype=dtype)
+    return load_corrected(source, alpha=alpha, chunks=None if chunks is None else list(chunks), dtype=dtype)
 
 
 def _first_line(error: Exception) -> str:

@@ -23,7 +23,7 @@ def load_corrected(
     """Load an SRD checkpoint as a causal language model.
 
     Args:
-        checkpoint: a directory or a hub id.
+        checkpoint: a directory, a hub id, or a container, which is verified first.
         alpha: the dial, 0 (plain W4) to 1 (full correction); None is the checkpoint's own.
         layer_alphas: alpha by module name or `re:` pattern; None is the checkpoint's own, unless alpha is given.
         chunks: correct only these chunks of depth; `hydrate` adds others later. None is all.

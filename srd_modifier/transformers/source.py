@@ -12,11 +12,18 @@ def checkpoint_directory(checkpoint_file: str | Path) -> Path:
     """The directory that holds a checkpoint's weights, with its sidecar beside them.
 
     Transformers fetches from a hub only the files that its own index names. The sidecar is fetched here, into the
-    same snapshot of the cache, with the same revision.
+    same snapshot of the cache, with the same revision. For a file that stands for one in a container it is the
+    directory in the container.
 
     Raises:
         CheckpointError: the sidecar is not in the cache and cannot be fetched.
     """
+    # here, because every import of Transformers would otherwise import what reads containers
+    from srd_modifier.transformers.containers import entry_of
+
+    entry = entry_of(checkpoint_file)
+    if entry is not None:
+        return entry.parent
     directory = Path(checkpoint_file).parent
     snapshot = _hub_snapshot(directory)
     if snapshot is None or _complete(directory):

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from srd_modifier.checkpoint.config import SRDConfig, read_json, read_srd_config
-from srd_modifier.checkpoint.locate import find_model
 from srd_modifier.checkpoint.sidecar import Sidecar
 from srd_modifier.checkpoint.sizes import CheckpointSize, measure
 from srd_modifier.checkpoint.summary import summarize
@@ -20,9 +19,9 @@ from srd_modifier.evaluation.digest import model_digest
 from srd_modifier.evaluation.load import (
     LoadedModel,
     corrected_modules,
+    find_files,
     load,
     load_tokenizer,
-    refuse_container,
     resolve_device,
 )
 from srd_modifier.evaluation.local import LocalScorer
@@ -41,7 +40,7 @@ class Candidate:
     """A model to score.
 
     Attributes:
-        model: directory, GGUF file, hub id, or address of a server.
+        model: directory, GGUF file, container, hub id, or address of a server.
         label: what its row is called.
         family: rows of one family are drawn as one line.
         alpha: share of the residual to apply, `None` for the checkpoint's own.
@@ -189,15 +188,14 @@ def describe(candidate: Candidate) -> Described:
         if candidate.alpha is not None or candidate.chunks is not None:
             raise ConfigError(f"{candidate.model}: what a server applies is set where it is started, leave @ out")
         return Described(candidate, None, None, candidate.format or "server")
-    refuse_container(candidate.model)
-    if Path(candidate.model).suffix == ".gguf":
-        _refuse_settings(candidate)
-        file = GGUFFile(Path(candidate.model))
-        return Described(candidate, file.path, model_digest(file.path), candidate.format or f"GGUF {file.file_type}")
-    if candidate.read is not None:
+    if candidate.read is not None and Path(candidate.model).suffix != ".gguf":
         path = Path(candidate.model)
         return Described(candidate, path, model_digest(path), candidate.format or candidate.family)
-    path = find_model(candidate.model, fetch_weights=True)
+    path = find_files(candidate.model, fetch_weights=True)
+    if path.suffix == ".gguf":
+        _refuse_settings(candidate)
+        file = GGUFFile(path)
+        return Described(candidate, path, model_digest(path), candidate.format or f"GGUF {file.file_type}")
     config = read_json(path / "config.json")
     words = str(config.get("dtype") or config.get("torch_dtype") or "dense")
     quantization = config.get("quantization_config")

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from srd_modifier.checkpoint.atomic import write_text
-from srd_modifier.checkpoint.locate import find_model
 from srd_modifier.checkpoint.sensitivity import Sensitivity, read_sensitivity
+from srd_modifier.evaluation.load import find_files
 from srd_modifier.evaluation.plots.comparison import draw_all
 from srd_modifier.evaluation.results import Results, write_results
 from srd_modifier.evaluation.table import markdown_table
@@ -43,7 +43,7 @@ def _sensitivities(results: Results) -> dict[str, Sensitivity]:
         if model.residual_bytes is None or model.digest in seen:
             continue
         seen.add(model.digest)
-        sensitivity = read_sensitivity(find_model(model.model))
+        sensitivity = read_sensitivity(find_files(model.model))
         if sensitivity is not None:
             found[model.label] = sensitivity
     return found
