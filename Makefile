@@ -5,12 +5,12 @@
 PYTHON ?= python3
 WORKERS ?= 2
 BENCHMARKS ?= benchmarks.rounding benchmarks.quality benchmarks.oneshot_cost benchmarks.sensitivity_cost benchmarks.load_time \
-	benchmarks.gguf_quality benchmarks.gguf_export benchmarks.evaluation_speed
+	benchmarks.gguf_quality benchmarks.gguf_export benchmarks.evaluation_speed benchmarks.container_speed
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := quantize,autoround,gguf,eval,peers,plot,dev
+EXTRAS := quantize,autoround,gguf,eval,peers,plot,sign,dev
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 SERVING_VENV := .venv-vllm

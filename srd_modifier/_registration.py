@@ -11,6 +11,8 @@ from types import ModuleType
 
 import wrapt
 
+from srd_modifier import _container_hooks
+
 _registered = False
 
 
@@ -24,6 +26,10 @@ def register() -> None:
     wrapt.register_post_import_hook(
         _guarded(_register_quantizer, "loading corrected models in Transformers"), "transformers.quantizers.auto"
     )
+    for module in _container_hooks.MODULES:
+        wrapt.register_post_import_hook(
+            _guarded(_container_hooks.install, "reading .axm containers in Transformers"), module
+        )
 
 
 def _guarded(hook: Callable[[ModuleType], None], what: str) -> Callable[[ModuleType], None]:

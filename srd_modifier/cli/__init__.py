@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def _app() -> typer.Typer:
-    from srd_modifier.cli import autoload, card, compare, demo, export, inspect, quantize, trim
+    from srd_modifier.cli import autoload, axm, card, compare, demo, export, inspect, met, quantize, trim
     from srd_modifier.cli import eval as eval_
 
     app = typer.Typer(
@@ -46,6 +46,8 @@ def _app() -> typer.Typer:
     app.command("card")(card.card)
     app.command("trim")(trim.trim)
     app.add_typer(export.app, name="export")
+    app.add_typer(axm.app, name="axm")
+    app.command("met")(met.met)
     app.command("demo")(demo.demo)
     app.add_typer(autoload.app, name="autoload")
     return app

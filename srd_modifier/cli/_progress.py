@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 Show = Callable[[int, int], None]
@@ -54,3 +56,22 @@ def progress_bars() -> Iterator[Callable[[str], Show]]:
         yield bar
     finally:
         bars.stop()
+
+
+@contextmanager
+def byte_bar(title: str) -> Iterator[Show]:
+    """Gives what is called with (done, of all) in bytes, from any thread."""
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    with bars:
+        task = bars.add_task(title, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)

@@ -20,7 +20,7 @@ def compare(
         list[str],
         typer.Argument(
             metavar="CANDIDATE...",
-            help="[LABEL=]MODEL[@alpha=A][@chunks=NAME+NAME]: a directory, hub id, GGUF file or http:// address.",
+            help="[LABEL=]MODEL[@alpha=A][@chunks=NAME+NAME]: a directory, hub id, GGUF file, container or server.",
         ),
     ],
     output: Annotated[Path, typer.Option(help="Directory for results.json, table.md and the plots; made if need be.")],

@@ -46,7 +46,7 @@ class DeviceName(str, Enum):
 
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="Model directory, hub id, GGUF file, or http:// address of vLLM or llama.cpp.")
+        str, typer.Argument(help="Model directory, hub id, GGUF file, .axm container, or http:// address of a server.")
     ],
     text: Annotated[Path | None, typer.Option(help="UTF-8 text file to score.")] = None,
     task: Annotated[

@@ -1,6 +1,7 @@
 """`srd inspect`: what a checkpoint is, what it costs, and whether it is whole."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    directory: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR|F.axm", help="Checkpoint directory or container.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare it with its digest.")] = False,
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Show what divergence each module is predicted to cause.")
@@ -24,11 +25,15 @@ def inspect(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
-    """Show the settings and the bytes of a checkpoint; its sidecar is always checked against srd_config."""
+    """Show the settings and the bytes of a checkpoint; its sidecar is always checked against srd_config.
+
+    A container is read whole before anything of it is shown, and checked with the key in SRD_AXM_KEY if there is one.
+    """
     from srd_modifier.checkpoint.sidecar import Sidecar
     from srd_modifier.checkpoint.summary import summarize
 
-    summary = summarize(directory)
+    given, directory = directory, _checkpoint(directory)
+    summary = replace(summarize(directory), directory=str(given))
     measured = _require_sensitivity(directory) if sensitivity or plot is not None else None
     if verify:
         Sidecar.open(directory).verify()
@@ -50,6 +55,21 @@ def inspect(
         console.print(f"wrote {plot}", soft_wrap=True)
     if verify:
         console.print("verified: base and residual match their digests")
+
+
+def _checkpoint(path: Path) -> Path:
+    """The directory, or the root of the container."""
+    from srd_modifier.axm.entries import is_container, open_root
+    from srd_modifier.cli._progress import byte_bar
+    from srd_modifier.errors import SRDError
+
+    if not is_container(path):
+        return path
+    with byte_bar("verifying") as progress:
+        root = open_root(path, progress)
+    if not (root / "config.json").is_file():
+        raise SRDError(f"{path} holds no checkpoint directory; `srd axm inspect` shows what it holds")
+    return root
 
 
 def _require_sensitivity(directory: Path) -> "Sensitivity":
