@@ -13,7 +13,6 @@ from typing import Any
 
 from srd_modifier.axm.container import Container
 from srd_modifier.axm.manifest import ManifestFault, fingerprint_of, is_digest, read_object
-from srd_modifier.checkpoint.config import CONFIG_KEY, read_json
 from srd_modifier.errors import CheckpointError
 
 FORMAT, VERSION = "srd-axm-attestation", 1
@@ -77,6 +76,9 @@ class _Listed:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    # here and not above: it takes torch along, which nobody needs who only verifies
+    from srd_modifier.checkpoint.config import read_json
+
     stated = read_json(path)
     if stated.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not an attestation: its format is {stated.get('format')!r}")
@@ -119,6 +121,8 @@ def _difference(stated: dict[str, Any], actual: dict[str, Any]) -> str:
 
 
 def _settings(container: Container, config: bytes) -> Any:
+    from srd_modifier.checkpoint.config import CONFIG_KEY
+
     try:
         return read_object(config).get(CONFIG_KEY)
     except ManifestFault as fault:

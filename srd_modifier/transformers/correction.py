@@ -64,15 +64,15 @@ class Correction:
             SRDError: a weight cannot be computed, or is not in the model. Everything is as it was before, unless the
                 message says that this was not possible either.
         """
-        before = self.dial, self.hydrated, dict(self.applied)
+        before = self.dial, self.hydrated
         self.dial = self.dial if dial is None else dial
         self.hydrated = self.hydrated if hydrated is None else hydrated
         try:
-            self._apply(model, self.wanted())
+            self._apply(model)
         except BaseException as error:
-            self.dial, self.hydrated, applied = before
+            self.dial, self.hydrated = before
             try:
-                self._apply(model, applied)
+                self._apply(model)
             except Exception as again:
                 raise SRDError(
                     f"{error}; the model now has some weights of each setting, because the former ones could not be "
@@ -83,12 +83,12 @@ class Correction:
             self.sidecar.release()
 
     @torch.no_grad()
-    def _apply(self, model: nn.Module, alphas: Mapping[str, float]) -> None:
+    def _apply(self, model: nn.Module) -> None:
         # here, because compressed-tensors comes with it, and every import of Transformers would import that
         from srd_modifier.transformers.weights import find_weight, store_weight
 
         read = 0
-        for module, alpha in alphas.items():
+        for module, alpha in self.wanted().items():
             if self.applied[module] == alpha:
                 continue
             weight = find_weight(model, module)

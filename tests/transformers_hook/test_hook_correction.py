@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_checkpoint import flip_bit
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -304,18 +305,6 @@ def test_a_pattern_that_is_no_regex(model, expected, assert_weights):
     assert_weights(model, expected.now())
 
 
-def test_a_residual_that_was_damaged_after_loading(checkpoint):
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    shard = checkpoint / "srd" / "residual-00001-of-00001.safetensors"
-    with shard.open("r+b") as file:  # in place, under the map
-        file.seek(-1, 2)
-        last = file.read(1)[0]
-        file.seek(-1, 2)
-        file.write(bytes([last ^ 1]))
-    with pytest.raises(CheckpointError, match="does not match its digest; the file is damaged"):
-        set_alpha(model, 0.5)
-
-
 def test_files_that_are_gone_are_not_missed(checkpoint, by_hand, assert_weights):
     # they are mapped, and a map outlives the name of its file
     import shutil
@@ -347,3 +336,127 @@ def test_two_models_of_one_checkpoint_have_a_dial_each(finished_checkpoint, weig
     assert_weights(first, weights.weights(0.25))
     hydrate(second)
     assert_weights(second, weights.weights(1.0))
+
+
+# --- a change that fails half-way
+
+RESIDUAL = "srd/residual-00001-of-00001.safetensors"
+DAMAGED = "model.layers.3.mlp.gate_proj"
+
+
+@pytest.fixture
+def half_hydrated(checkpoint) -> LlamaForCausalLM:
+    """Early and factual chunks are hydrated, and the file of the residual is one that a test may damage."""
+    return load_corrected(checkpoint, alpha=0.5, chunks=["early", "factual"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [hydrate, lambda model: hydrate(model, chunks=["reasoning"]), lambda model: hydrate(model, intent="HARM")],
+    ids=["all", "chunk", "intent"],
+)
+def test_a_residual_that_was_damaged_after_loading(change, half_hydrated, checkpoint, expected, assert_weights):
+    before = {name: parameter.clone() for name, parameter in half_hydrated.named_parameters()}
+    flip_bit(checkpoint / RESIDUAL, f"{DAMAGED}.weight_d8")  # in place, under the map
+    with pytest.raises(CheckpointError, match=f"{DAMAGED}.weight_d8 does not match its digest; the file is damaged$"):
+        change(half_hydrated)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in half_hydrated.named_parameters())
+    hydrate(half_hydrated, chunks=["governance"])  # the damaged chunk is still released, and the dial what it was
+    assert_weights(half_hydrated, expected.set(0.5).release("reasoning").now())
+
+
+def test_a_dial_that_failed_is_turned_back(half_hydrated, checkpoint, expected, assert_weights):
+    hydrate(half_hydrated)
+    flip_bit(checkpoint / RESIDUAL, f"{DAMAGED}.weight_d8_scale")
+    with pytest.raises(CheckpointError, match=f"{DAMAGED}.weight_d8_scale does not match its digest"):
+        set_alpha(half_hydrated, 1)
+    assert_weights(half_hydrated, expected.set(0.5).now())
+    set_alpha(half_hydrated, 0)  # which needs no residual
+    assert_weights(half_hydrated, expected.set(0).now())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("out of memory")], ids=["interrupt", "error"])
+@pytest.mark.parametrize("where", ["correct", "store"])
+def test_a_change_that_is_cut_off(where, error, model, expected, assert_weights, monkeypatch):
+    from srd_modifier.checkpoint.sidecar import Sidecar
+    from srd_modifier.transformers import weights
+
+    stopped = []
+
+    def stop_once(owner: object, name: str) -> None:
+        plain = getattr(owner, name)
+
+        def stopping(*args, **kwargs):
+            result = plain(*args, **kwargs)
+            if DAMAGED in args and not stopped:
+                stopped.append(DAMAGED)
+                raise error
+            return result
+
+        monkeypatch.setattr(owner, name, stopping)
+
+    stop_once(Sidecar, "correct") if where == "correct" else stop_once(weights, "store_weight")
+    with pytest.raises((KeyboardInterrupt, RuntimeError)):
+        set_alpha(model, 0.25)
+    assert stopped
+    assert_weights(model, expected.now())
+    set_alpha(model, 0.25)
+    assert_weights(model, expected.set(0.25).now())
+
+
+def test_weights_that_cannot_be_put_back_are_said_to_be_mixed(checkpoint, expected, assert_weights):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    first = "model.layers.0.mlp.down_proj"
+
+    def damage() -> None:
+        flip_bit(checkpoint / RESIDUAL, f"{DAMAGED}.weight_d8")
+        flip_bit(checkpoint / RESIDUAL, f"{first}.weight_d8")
+
+    from srd_modifier.checkpoint.sidecar import Sidecar
+
+    correct = Sidecar.correct
+
+    def damaging(self, module, *args, **kwargs):
+        if module == DAMAGED:
+            damage()
+        return correct(self, module, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sidecar, "correct", damaging)
+        with pytest.raises(
+            SRDError,
+            match=rf"{DAMAGED}.* is damaged; the model now has some weights of each setting, because .*{first}.* "
+            "is damaged.: load it anew$",
+        ):
+            set_alpha(model, 0.5)
+    damage()  # undoes itself
+    set_alpha(model, 1)  # and what is not known to be right is computed anew
+    assert_weights(model, expected.now())
+
+
+def test_weights_that_nobody_knows_are_computed_anew(model, expected, assert_weights, monkeypatch):
+    from srd_modifier.checkpoint.sidecar import Sidecar
+    from srd_modifier.transformers import weights
+
+    broken = [True]
+    plain = {"correct": Sidecar.correct, "store": weights.store_weight}
+
+    def correct(self, module, alpha, *args):
+        assert 0 <= alpha <= 1  # one that could be meant
+        if broken and module == DAMAGED and alpha == 1:
+            raise CheckpointError("the former weight is damaged")
+        return plain["correct"](self, module, alpha, *args)
+
+    def store(model, module, value):
+        plain["store"](model, module, value)
+        if broken and module == DAMAGED:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sidecar, "correct", correct)
+    monkeypatch.setattr(weights, "store_weight", store)
+    for _ in range(2):
+        with pytest.raises(SRDError, match=r"some weights of each setting.*is damaged.: load it anew"):
+            set_alpha(model, 0.5)
+    broken.clear()
+    set_alpha(model, 1)
+    assert_weights(model, expected.now())

@@ -1,268 +1,432 @@
-"""Hydration by intent: the logits of chunk selection, memory that is given back, and one set of weights for a call."""
+"""Hydration by intent: the model of its chunks, in place, while others use it, and without staying in memory."""
 
-import copy
-import gc
+import itertools
 import json
-import pickle
 import re
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from background import SOON, in_background
 from random_models import make_llama, save_model
-from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
+from rtn import write_checkpoint
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, PreTrainedModel, TextIteratorStreamer
 
 from srd_modifier import hydrate, load_corrected, release, set_alpha
+from srd_modifier.checkpoint.sidecar import Sidecar
 from srd_modifier.errors import CheckpointError, ConfigError, SRDError
-from srd_modifier.met import INTENTS, Policy, build_met, encode_met
+from srd_modifier.met import INTENTS, Policy, build_met
 from srd_modifier.transformers.correction import correction_of
-from srd_modifier.transformers.measure import measure_hydration
 
-TOKENS = torch.arange(1, 13)[None]
-GENERATION = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model(TOKENS).logits
+CHUNKS = {
+    "INFORM": ["early"],
+    "CLARIFY": ["early", "governance"],
+    "REFUSE": ["early", "governance"],
+    "UNCERTAIN": ["early", "governance"],
+    "HARM": ["early", "factual", "reasoning", "governance"],
+    "DECEIVE": ["early", "factual", "reasoning", "governance"],
+}
+CUSTOM = {"SUMMARIZE": ["factual"], "REFUSE": ["reasoning"], "DRAFT": []}
+IDS = torch.arange(32)[None]
 
 
 @pytest.fixture
-def model(finished_checkpoint):
+def model(finished_checkpoint) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(finished_checkpoint)
 
 
 @pytest.fixture(scope="module")
-def by_intent(finished_checkpoint) -> dict[str, torch.Tensor]:
-    """What chunk selection gives, in models that never knew an intent."""
-    chunks = Policy.default().intents
-    return {intent: logits(load_corrected(finished_checkpoint, chunks=chunks[intent])) for intent in INTENTS}
+def models(finished_checkpoint) -> list[PreTrainedModel]:
+    """The models that the intents are, each loaded by itself."""
+    return [load_corrected(finished_checkpoint, chunks=CHUNKS[intent]) for intent in ("INFORM", "REFUSE", "HARM")]
+
+
+def assert_same(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Every weight and the logits, bit for bit."""
+    expected = dict(other.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS).logits, other(input_ids=IDS).logits)
+
+
+# --- the chunks of an intent
 
 
 @pytest.mark.parametrize("intent", INTENTS)
-def test_an_intent_gives_the_logits_of_its_chunks(model, by_intent, intent):
+@pytest.mark.parametrize("start", ["all", "none", "others"])
+def test_an_intent_is_what_loading_its_chunks_is(intent, start, model, finished_checkpoint):
+    if start != "all":
+        release(model)
+    if start == "others":
+        hydrate(model, chunks=["factual"])
     hydrate(model, intent=intent)
-    assert torch.equal(logits(model), by_intent[intent])
+    assert_same(model, load_corrected(finished_checkpoint, chunks=CHUNKS[intent]))
 
 
-def test_intents_differ_and_follow_one_another_in_any_order(model, by_intent):
-    assert not torch.equal(by_intent["INFORM"], by_intent["CLARIFY"])
-    assert not torch.equal(by_intent["CLARIFY"], by_intent["HARM"])
-    for intent in ("HARM", "INFORM", "CLARIFY", "INFORM", "DECEIVE", "REFUSE"):
+def test_the_intents_are_different_models(model, logits):
+    outputs = []
+    for intent in ("INFORM", "REFUSE", "HARM"):
         hydrate(model, intent=intent)
-        assert torch.equal(logits(model), by_intent[intent]), intent
+        outputs.append(logits(model))
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(outputs, 2))
 
 
-def test_the_checkpoints_own_policy_counts_and_a_given_one_before_it(finished_checkpoint, tmp_path):
-    own = tmp_path / "model"
-    own.mkdir()
-    for path in finished_checkpoint.rglob("*"):
-        if path.is_file():
-            copied = own / path.relative_to(finished_checkpoint)
-            copied.parent.mkdir(exist_ok=True)
-            copied.write_bytes(path.read_bytes())
-    (own / "met.json").write_bytes(encode_met(build_met(own, policy=Policy({"AUDIT": ("reasoning",)}))))
-    model = AutoModelForCausalLM.from_pretrained(own)
-    hydrate(model, intent="AUDIT")
-    assert torch.equal(logits(model), logits(load_corrected(own, chunks=["reasoning"])))
-    with pytest.raises(ConfigError, match="intent 'INFORM' is unknown, expected one of AUDIT"):
-        hydrate(model, intent="INFORM")
-    custom = tmp_path / "custom.yaml"
-    custom.write_text("chat: []\n")
-    hydrate(model, intent="chat", policy=custom)
-    assert torch.equal(logits(model), logits(load_corrected(own, alpha=0.0)))
+def test_intents_follow_one_another_in_any_order(model, models):
+    expected = dict(zip(("INFORM", "REFUSE", "HARM"), models, strict=True))
+    for intent in ("HARM", "INFORM", "REFUSE", "INFORM", "HARM", "REFUSE"):
+        hydrate(model, intent=intent)
+        assert_same(model, expected[intent])
 
 
-def test_what_cannot_be_meant_is_refused(model):
-    before = logits(model)
-    with pytest.raises(ConfigError, match="intent 'SHRUG' is unknown, expected one of INFORM"):
-        hydrate(model, intent="SHRUG")
-    with pytest.raises(ConfigError, match="chunks and an intent were both given"):
-        hydrate(model, intent="INFORM", chunks=["early"])
-    with pytest.raises(ConfigError, match="a policy was given without an intent"):
-        hydrate(model, policy=Policy.default())
-    with pytest.raises(SRDError, match="there is no such policy"):
-        hydrate(model, intent="INFORM", policy=Path("nowhere.yaml"))
-    assert torch.equal(logits(model), before)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_in_other_dtypes(dtype, finished_checkpoint):
+    model = load_corrected(finished_checkpoint, dtype=dtype)
+    hydrate(model, intent="CLARIFY")
+    assert_same(model, load_corrected(finished_checkpoint, dtype=dtype, chunks=CHUNKS["CLARIFY"]))
 
 
-def test_alpha_goes_on_counting_under_an_intent(model, finished_checkpoint):
+def test_experts_are_hydrated_with_their_layer(mixture_checkpoint):
+    model = load_corrected(mixture_checkpoint, chunks=[])
+    for intent in ("INFORM", "HARM", "INFORM"):
+        hydrate(model, intent=intent)
+        assert_same(model, load_corrected(mixture_checkpoint, chunks=CHUNKS[intent]))
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True}], ids=["bf16 scales", "biases"])
+def test_a_tied_head_and_other_shapes(changes, tied_checkpoint, float32_checkpoint):
+    directory = float32_checkpoint if changes else tied_checkpoint
+    model = load_corrected(directory, chunks=["reasoning"])
+    hydrate(model, intent="REFUSE")
+    assert_same(model, load_corrected(directory, chunks=CHUNKS["REFUSE"]))
+
+
+def test_offloaded_weights(finished_checkpoint, tmp_path):
+    places = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
+    places |= {f"model.layers.{layer}": "disk" if layer in (1, 3, 5) else "cpu" for layer in range(6)}
+    options = {"device_map": places, "offload_folder": str(tmp_path)}
+    model = load_corrected(finished_checkpoint, chunks=["early", "reasoning"], **options)
+    hydrate(model, intent="REFUSE")
+    with torch.no_grad():
+        found = model(input_ids=IDS).logits
+        expected = load_corrected(finished_checkpoint, chunks=CHUNKS["REFUSE"])(input_ids=IDS).logits
+    assert torch.equal(found, expected)
+
+
+def test_the_dial_turns_what_is_hydrated(model, finished_checkpoint):
     set_alpha(model, 0.5)
+    hydrate(model, intent="CLARIFY")
+    assert_same(model, load_corrected(finished_checkpoint, alpha=0.5, chunks=CHUNKS["CLARIFY"]))
+    set_alpha(model, 0.25)
+    assert_same(model, load_corrected(finished_checkpoint, alpha=0.25, chunks=CHUNKS["CLARIFY"]))
+
+
+def test_chunks_come_on_top_and_intents_replace(model, finished_checkpoint):
     hydrate(model, intent="INFORM")
-    assert torch.equal(logits(model), logits(load_corrected(finished_checkpoint, alpha=0.5, chunks=["early"])))
+    hydrate(model, chunks=["factual"])
+    assert_same(model, load_corrected(finished_checkpoint, chunks=["early", "factual"]))
+    hydrate(model, intent="INFORM")
+    assert_same(model, load_corrected(finished_checkpoint, chunks=["early"]))
 
 
-def test_a_change_that_fails_is_undone(finished_checkpoint, tmp_path):
-    import shutil
+def test_a_corrected_head_is_in_no_chunk(random_llama, tmp_path):
+    directory = write_checkpoint(random_llama, tmp_path / "model", quantized=r"_proj$|lm_head$", ignore=())
+    model = load_corrected(directory)
+    hydrate(model, intent="HARM")
+    chosen = load_corrected(directory, chunks=CHUNKS["HARM"])
+    assert_same(model, chosen)
+    assert not torch.equal(model.lm_head.weight, load_corrected(directory).lm_head.weight)
 
-    shutil.copytree(finished_checkpoint, tmp_path / "model")
-    model = load_corrected(tmp_path / "model", chunks=[])
-    before = logits(model)
-    shard = next((tmp_path / "model" / "srd").glob("residual-*.safetensors"))
-    # the last layers' residual is damaged on the disk, after the model was loaded
-    header = int.from_bytes(shard.read_bytes()[:8], "little")
-    places = json.loads(shard.read_bytes()[8 : 8 + header])
-    last = max(name for name in places if name.endswith("layers.5.mlp.up_proj.weight_d8"))
-    with shard.open("r+b") as file:
-        file.seek(8 + header + places[last]["data_offsets"][0])
-        byte = file.read(1)
-        file.seek(-1, 1)
-        file.write(bytes([byte[0] ^ 1]))
-    with pytest.raises(CheckpointError, match=re.escape(f"{last} does not match its digest")):
+
+def test_only_weights_that_change_are_computed(model, monkeypatch):
+    hydrate(model, intent="REFUSE")
+    computed = []
+    correct = Sidecar.correct
+
+    def spy(self, module, *args, **kwargs):
+        computed.append(module)
+        return correct(self, module, *args, **kwargs)
+
+    monkeypatch.setattr(Sidecar, "correct", spy)
+    hydrate(model, intent="CLARIFY")  # the same chunks
+    assert computed == []
+    hydrate(model, intent="INFORM")
+    assert {re.findall(r"layers\.(\d)", name)[0] for name in computed} == {"5"}
+
+
+# --- the policy
+
+
+def test_a_policy_of_ones_own(model, finished_checkpoint, tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text(json.dumps(CUSTOM))
+    for policy in (Policy.from_mapping(CUSTOM, "test"), path, str(path)):
+        for intent, chunks in CUSTOM.items():
+            hydrate(model, intent=intent, policy=policy)
+            assert_same(model, load_corrected(finished_checkpoint, chunks=chunks))
+
+
+@pytest.fixture
+def with_policy(checkpoint) -> Path:
+    """A checkpoint that brings its own."""
+    met = build_met(checkpoint, policy=Policy.from_mapping(CUSTOM, "test"))
+    (checkpoint / "met.json").write_text(json.dumps(met))
+    return checkpoint
+
+
+def test_the_policy_that_a_checkpoint_brings(with_policy, finished_checkpoint):
+    model = load_corrected(with_policy)
+    for intent in ("REFUSE", "SUMMARIZE"):
+        hydrate(model, intent=intent)
+        assert_same(model, load_corrected(finished_checkpoint, chunks=CUSTOM[intent]))
+    with pytest.raises(ConfigError, match="intent 'HARM' is unknown, expected one of SUMMARIZE, REFUSE, DRAFT"):
         hydrate(model, intent="HARM")
-    assert torch.equal(logits(model), before)
-    hydrate(model, intent="INFORM")  # what is whole can still be loaded
-    assert not torch.equal(logits(model), before)
+    hydrate(model, intent="HARM", policy=Policy.default())
+    assert_same(model, load_corrected(finished_checkpoint))
+
+
+def test_the_policy_of_another_file(model, with_policy, finished_checkpoint):
+    for policy in (with_policy / "met.json", with_policy):
+        release(model)
+        hydrate(model, intent="REFUSE", policy=policy)
+        assert_same(model, load_corrected(finished_checkpoint, chunks=CUSTOM["REFUSE"]))
+
+
+def test_a_checkpoint_that_is_gone_may_have_had_a_policy(with_policy, finished_checkpoint):
+    model = load_corrected(with_policy)
+    shutil.rmtree(with_policy)
+    with pytest.raises(CheckpointError, match=r"is gone, and its met\.json with it; give hydrate a policy"):
+        hydrate(model, intent="REFUSE")
+    hydrate(model, intent="REFUSE", policy=Policy.default())
+    assert_same(model, load_corrected(finished_checkpoint, chunks=CHUNKS["REFUSE"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"intent": "inform"}, "intent 'inform' is unknown, expected one of INFORM, CLARIFY"),
+        ({"intent": "INFORM", "chunks": ["early"]}, "chunks and an intent were both given"),
+        ({"intent": "INFORM", "chunks": []}, "chunks and an intent were both given"),
+        ({"policy": Policy.default()}, "a policy was given without an intent"),
+        ({"policy": Policy.default(), "chunks": ["early"]}, "a policy was given without an intent"),
+    ],
+    ids=str,
+)
+def test_arguments_that_are_refused_change_nothing(arguments, message, model, finished_checkpoint):
+    with pytest.raises(ConfigError, match=message):
+        hydrate(model, **arguments)
+    assert_same(model, load_corrected(finished_checkpoint))
+
+
+def test_a_policy_that_is_not_there(model, finished_checkpoint, tmp_path):
+    for name in ("policy.yaml", "met.json"):
+        with pytest.raises(CheckpointError, match=re.escape(str(tmp_path / name))):
+            hydrate(model, intent="INFORM", policy=tmp_path / name)
+    assert_same(model, load_corrected(finished_checkpoint))
+
+
+def test_a_damaged_policy_of_the_checkpoint(checkpoint, finished_checkpoint):
+    model = load_corrected(checkpoint)
+    (checkpoint / "met.json").write_text('{"format": "srd-met", "version": 99}')
+    with pytest.raises(CheckpointError, match=r"met\.json: version is 99"):
+        hydrate(model, intent="INFORM")
+    assert_same(model, load_corrected(finished_checkpoint))
+
+
+def test_a_model_without_a_residual(random_llama):
+    with pytest.raises(SRDError, match="this LlamaForCausalLM has no residual"):
+        hydrate(AutoModelForCausalLM.from_pretrained(random_llama), intent="INFORM")
+
+
+# --- memory
 
 
 @pytest.fixture(scope="module")
-def generated(finished_checkpoint) -> set[tuple[int, ...]]:
-    """What each of the two intents below generates when nothing changes meanwhile."""
-    found = set()
-    for chunks in ([], ["early", "factual", "reasoning", "governance"]):
-        model = load_corrected(finished_checkpoint, chunks=chunks)
-        found.add(tuple(model.generate(TOKENS, **GENERATION)[0].tolist()))
-    assert len(found) == 2, "the test needs intents that generate different texts"
-    return found
+def large_checkpoint(tmp_path_factory) -> Path:
+    """A residual of 31 MB: enough to be seen among the pages of a process."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10, "num_attention_heads": 8}
+    folder = tmp_path_factory.mktemp("large")
+    return write_checkpoint(save_model(make_llama(**sizes), folder / "original"), folder / "model")
 
 
-@pytest.mark.slow
-def test_a_running_generate_sees_one_set_of_weights(model, generated):
-    policy = Policy({"PLAIN": (), "FULL": ("early", "factual", "reasoning", "governance")})
-    stop, failures, changes = threading.Event(), [], 0
-
-    def change() -> None:
-        nonlocal changes
-        try:
-            while not stop.is_set():
-                hydrate(model, intent=("PLAIN", "FULL")[changes % 2], policy=policy)
-                changes += 1
-        except Exception as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=change)
-    thread.start()
-    try:
-        outputs = [tuple(model.generate(TOKENS, **GENERATION)[0].tolist()) for _ in range(30)]
-    finally:
-        stop.set()
-        thread.join(60)
-    assert not failures
-    assert changes > 3, "nothing was changed meanwhile"
-    assert set(outputs) <= generated
-
-
-@pytest.mark.slow
-def test_without_the_lock_a_generate_would_mix_them(model, generated, monkeypatch):
-    """The test above can fail: weights changed between two tokens give a text of neither kind."""
-
-    class Change(LogitsProcessor):
-        def __call__(self, input_ids, scores):
-            correction = correction_of(model)
-            full = set(correction.dial)
-            correction.update(model, hydrated=set() if correction.hydrated == full else full)
-            return scores
-
-    output = model.generate(TOKENS, logits_processor=LogitsProcessorList([Change()]), **GENERATION)
-    assert tuple(output[0].tolist()) not in generated
-
-
-def test_a_change_from_inside_a_call_is_refused(model):
-    before = logits(model)
-
-    class Change(LogitsProcessor):
-        def __call__(self, input_ids, scores):
-            hydrate(model, intent="INFORM")
-            return scores
-
-    with pytest.raises(SRDError, match="in the middle of its own forward, generate or hydration"):
-        model.generate(TOKENS, logits_processor=LogitsProcessorList([Change()]), **GENERATION)
-    assert torch.equal(logits(model), before)
-    hydrate(model, intent="INFORM")  # the call has ended, with an error, and blocks nothing
-
-
-def test_a_change_waits_for_a_generate_that_streams(model, finished_checkpoint):
-    class Numbers:
-        def decode(self, ids, **_):
-            return " ".join(map(str, ids))
-
-    streamer = TextIteratorStreamer(Numbers())
-    alone = model.generate(TOKENS, **GENERATION)[0].tolist()
-    thread = threading.Thread(target=lambda: model.generate(TOKENS, streamer=streamer, **GENERATION))
-    thread.start()
-    first = next(iter(streamer))
-    hydrate(model, intent="INFORM")
-    text = first + "".join(streamer)
-    thread.join(60)
-    assert text.split() == [str(number) for number in alone]
-    assert torch.equal(logits(model), logits(load_corrected(finished_checkpoint, chunks=["early"])))
-
-
-def test_a_forward_that_fails_blocks_nothing(model):
-    with pytest.raises(IndexError):
-        model(torch.tensor([[10**6]]))
-    done = threading.Thread(target=lambda: hydrate(model, intent="INFORM"))
-    done.start()
-    done.join(60)
-    assert not done.is_alive()
-
-
-def test_copies_and_pickles_of_a_model_work_and_have_no_residual(model):
-    before = logits(model)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(logits(other), before)
-        with pytest.raises(SRDError, match="has no residual"):
-            hydrate(other, intent="INFORM")
-
-
-def mapped_bytes(folder: Path) -> int:
-    """Resident bytes of the maps of files below a folder."""
+def resident(directory: Path) -> int:
+    """Bytes of the mapped files in this directory that are in memory."""
     total, counts = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            counts = str(folder) in line
+            counts = line[line.find("/") :].startswith(f"{directory}/") if "/" in line else False
         elif counts and line.startswith("Rss:"):
             total += int(line.split()[1]) * 1024
     return total
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells what a map takes")
-def test_hydration_gives_its_memory_back(quantize, group_scheme, tmp_path):
-    """On a model whose residual is some 20 MB."""
-    from srd_modifier import SRDModifier
+@pytest.fixture
+def seen_at_release(large_checkpoint, monkeypatch) -> list[int]:
+    """What of the residual is in memory each time before it is given back."""
+    seen: list[int] = []
+    plain = Sidecar.release
 
-    dense = save_model(make_llama(hidden_size=512, intermediate_size=2048, num_hidden_layers=6), tmp_path / "dense")
-    recipe = SRDModifier(config_groups=group_scheme(64), ignore=["lm_head"])
-    quantize(recipe, tmp_path / "srd", model=dense)
-    model = load_corrected(tmp_path / "srd", chunks=[])
-    gc.collect()
-    residual = sum(path.stat().st_size for path in (tmp_path / "srd" / "srd").glob("residual-*"))
-    assert residual > 10_000_000
-    # embedding and head stay mapped from the base's file: they are the model's weights
-    idle = mapped_bytes(tmp_path / "srd")
-    most = residual / 10
-    for intent in ("HARM", "INFORM", "HARM"):
-        hydrate(model, intent=intent)
-        assert mapped_bytes(tmp_path / "srd" / "srd") <= most, intent
-        assert mapped_bytes(tmp_path / "srd") <= idle + most, intent
+    def spy(self) -> None:
+        seen.append(resident(large_checkpoint / "srd"))
+        plain(self)
+
+    monkeypatch.setattr(Sidecar, "release", spy)
+    return seen
+
+
+counts_pages = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="counts pages as Linux does")
+
+
+@counts_pages
+def test_the_memory_of_the_maps_is_returned(large_checkpoint, seen_at_release):
+    model = load_corrected(large_checkpoint, chunks=[])
+    (file,) = (large_checkpoint / "srd").glob("residual-*.safetensors")
+    size = file.stat().st_size
     release(model)
-    assert mapped_bytes(tmp_path / "srd") <= idle + most
-    # these pages do fill when nobody gives them back, so that the figures above mean something
-    sidecar = correction_of(model).sidecar
-    for module in sidecar.entries:
-        sidecar.encoded(module)
-    assert mapped_bytes(tmp_path / "srd" / "srd") > residual / 2
+    loaded = resident(large_checkpoint)  # what of the model's own weights Transformers has mapped
+    read = {}
+    for intent in ("INFORM", "REFUSE", "HARM"):
+        release(model)
+        hydrate(model, intent=intent)
+        read[intent] = seen_at_release[-1]
+        assert resident(large_checkpoint / "srd") < size / 100
+        assert resident(large_checkpoint) <= loaded  # the base was read too
+    # of ten layers two, four and ten; the kernel maps up to 2 MB around what is read
+    assert 0.2 * size <= read["INFORM"] < read["REFUSE"] < read["HARM"] <= 1.01 * size
+    assert read["INFORM"] < 0.5 * size
+    assert read["HARM"] > 0.99 * size
+    release(model)
+    assert resident(large_checkpoint) <= loaded
 
 
-def test_measuring_tells_seconds_bytes_and_memory(finished_checkpoint):
-    met = build_met(finished_checkpoint)
-    measured = measure_hydration(finished_checkpoint, Policy.default(), dtype=torch.float32)
-    assert [one.intent for one in measured] == list(INTENTS)
-    for one in measured:
-        assert one.chunks == Policy.default().chunks(one.intent)
-        assert one.residual_bytes == met["budgets"][one.intent]["residual_bytes"] > 0
-        assert one.seconds > 0
-        assert one.resident_bytes_before > 0
-        assert one.resident_bytes_after > 0
-        assert one.resident_bytes_peak is None or one.resident_bytes_peak >= one.resident_bytes_after
+@counts_pages
+def test_a_large_change_returns_memory_on_its_way(large_checkpoint, seen_at_release, monkeypatch):
+    from srd_modifier.transformers import correction
+
+    model = load_corrected(large_checkpoint, chunks=[])
+    monkeypatch.setattr(correction, "_RELEASE_BYTES", 4 * 2**20)
+    seen_at_release.clear()
+    hydrate(model, intent="HARM")
+    assert len(seen_at_release) >= 5
+    assert max(seen_at_release) < 16 * 2**20  # of 30
+
+
+def test_memory_is_returned_when_a_change_fails(checkpoint, monkeypatch):
+    model = load_corrected(checkpoint, chunks=[])
+    released = []
+    monkeypatch.setattr(Sidecar, "release", lambda self: released.append(self))
+    monkeypatch.setattr(Sidecar, "encoded", lambda *_: (_ for _ in ()).throw(CheckpointError("damaged")))
+    with pytest.raises(CheckpointError, match="damaged"):
+        hydrate(model, intent="INFORM")
+    assert len(released) == 1
+
+
+# --- threads
+
+
+def generate(model: PreTrainedModel, **options) -> Tensor:
+    """Logits of every step of a greedy generation."""
+    prompt = torch.arange(1, 9)[None]
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=10,
+        min_new_tokens=10,
+        do_sample=False,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    return torch.stack(output.logits)
+
+
+def forward(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("run", [forward, generate])
+def test_every_output_is_of_one_consistent_model_while_intents_change(run, model, models):
+    expected = [run(one) for one in models]
+    hydrate(model, intent="INFORM")
+    ended, flips = threading.Event(), 0
+
+    def flip() -> None:
+        nonlocal flips
+        for intent in itertools.cycle(("HARM", "INFORM", "REFUSE")):
+            if ended.is_set():
+                return
+            hydrate(model, intent=intent)
+            flips += 1
+
+    flipping = in_background(flip)
+    try:
+        outputs = [in_background(lambda: [run(model) for _ in range(20)]) for _ in range(2)]
+        found = [output for future in outputs for output in future.result(SOON)]
+    finally:
+        ended.set()
+    flipping.result(SOON)
+    which = [[torch.equal(output, one) for one in expected] for output in found]
+    assert all(sum(matches) == 1 for matches in which), "an output is of no single model"
+    assert all(map(any, zip(*which, strict=True))), "not every intent was met"
+    assert flips >= 20
+
+
+def test_without_the_lock_an_output_would_be_of_no_single_model(model, models):
+    # that the test above can fail: the same change between two tokens, with nobody kept waiting
+    class Change(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            correction = correction_of(model)
+            chosen = ["early"] if input_ids.shape[1] % 2 else list(CHUNKS["HARM"])
+            correction.update(model, hydrated=correction.in_chunks(chosen))
+            return scores
+
+    mixed = generate(model, logits_processor=[Change()])
+    assert not any(torch.equal(mixed, generate(one)) for one in models)
+
+
+def test_alphas_and_chunks_change_in_one_step_too(model, finished_checkpoint):
+    plain = forward(load_corrected(finished_checkpoint, alpha=0))
+    expected = [forward(load_corrected(finished_checkpoint)), plain]
+    ended = threading.Event()
+
+    def turn() -> None:
+        while not ended.is_set():
+            set_alpha(model, 0)
+            set_alpha(model, 1)
+            release(model)
+            hydrate(model)
+
+    turning = in_background(turn)
+    try:
+        found = in_background(lambda: [forward(model) for _ in range(40)]).result(SOON)
+    finally:
+        ended.set()
+    turning.result(SOON)
+    assert all(any(torch.equal(output, one) for one in expected) for output in found)
+
+
+def test_a_stream_is_of_one_model(model, models, tiny_llama):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+
+    def stream(of: PreTrainedModel, meanwhile=lambda: None) -> str:
+        streamer = TextIteratorStreamer(tokenizer, timeout=SOON)
+        generating = in_background(lambda: generate(of, streamer=streamer))
+        pieces = []
+        for piece in streamer:
+            if len(pieces) == 2:
+                meanwhile()
+            pieces.append(piece)
+        generating.result(SOON)
+        return "".join(pieces)
+
+    hydrate(model, intent="HARM")
+    changing = []
+    text = stream(model, lambda: changing.append(in_background(lambda: hydrate(model, intent="INFORM"))))
+    assert text == stream(models[2])
+    changing[0].result(SOON)
+    assert torch.equal(generate(model), generate(models[0]))
