@@ -12,9 +12,9 @@ import stat
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from io import FileIO
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 from srd_modifier.axm.faults import explain, explain_without_layout
 from srd_modifier.axm.header import MAX_BYTES, Header, read_header
@@ -125,7 +125,7 @@ class Container:
         records: Sequence[FileRecord],
         *,
         progress: Progress | None = None,
-        copy_to: Callable[[FileRecord], AbstractContextManager[FileIO]] | None = None,
+        copy_to: Callable[[FileRecord], AbstractContextManager[IO[bytes]]] | None = None,
     ) -> None:
         """Read files and compare each with its record, on all cores.
 

@@ -81,31 +81,24 @@ def read_header(data: bytes, key: Key | None, file: str) -> Header:
     Raises:
         CheckpointError: it was changed, was packed with another key, or is of a version that is not known.
     """
-    if key is not None and not _is_authentic(data, key):
-        raise CheckpointError(_explain(data, key, file))
+    refused = key is not None and not _is_authentic(data, key)
     try:
-        return _decode(data, file)
+        header = _decode(data, file)  # of one that is refused only to say why, as far as unverified bytes can
     except ManifestFault as fault:
         raise CheckpointError(f"{file}: axm.json {fault}; the container was changed") from None
+    if key is None or not refused:
+        return header
+    if header.key_id != key.key_id:
+        raise CheckpointError(
+            f"{file} was packed with another key: its key id is {header.key_id}, that of the given key is {key.key_id}"
+        )
+    raise CheckpointError(f"{file}: axm.json does not match its HMAC; the container was changed after it was packed")
 
 
 def _is_authentic(data: bytes, key: Key) -> bool:
     tag = data[-_TAG_BYTES:]
     whole = tag.startswith(_TAG_START) and tag.endswith(b'"}')
     return whole and key.is_authentic(_PURPOSE, data[:-_TAG_BYTES], tag[len(_TAG_START) : -2].decode("latin-1"))
-
-
-def _explain(data: bytes, key: Key, file: str) -> str:
-    """Why the HMAC differs, as far as an unverified header can say."""
-    try:
-        header = _decode(data, file)
-    except ManifestFault as fault:
-        return f"{file}: axm.json {fault}; the container was changed"
-    if header.key_id != key.key_id:
-        return (
-            f"{file} was packed with another key: its key id is {header.key_id}, that of the given key is {key.key_id}"
-        )
-    return f"{file}: axm.json does not match its HMAC; the container was changed after it was packed"
 
 
 def _decode(data: bytes, file: str) -> Header:

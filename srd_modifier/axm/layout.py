@@ -98,9 +98,8 @@ class Layout:
 def _central_header(entry: Entry, checksum: int) -> tuple[bytes, bytes, bytes]:
     name, extra = entry.name.encode(), _sizes64(entry.size, entry.size, entry.start)
     size, start = min(entry.size, _FULL32), min(entry.start, _FULL32)
-    needed = 45 if extra else _version(_sizes64(entry.size, entry.size))
     fixed = _CENTRAL.pack(
-        *(b"PK\1\2", _MADE_BY_UNIX, needed, _UTF8, 0, 0, _FIRST_OF_1980, checksum, size, size),
+        *(b"PK\1\2", _MADE_BY_UNIX, _version(extra), _UTF8, 0, 0, _FIRST_OF_1980, checksum, size, size),
         *(len(name), len(extra), 0, 0, 0, _REGULAR_FILE, start),
     )
     return fixed, name, extra

@@ -12,7 +12,7 @@ from srd_modifier.axm.layout import Layout
 from srd_modifier.axm.manifest import FileRecord, Manifest, in_order
 from srd_modifier.axm.names import HEADER, MANIFEST, POLICY
 from srd_modifier.axm.sources import SIGNATURE, find_sources
-from srd_modifier.axm.streams import Advance, Digests, Progress, StreamFault, digest_stream, in_parallel, write_at
+from srd_modifier.axm.streams import Advance, Digests, Progress, digest_file, in_parallel, write_at
 from srd_modifier.checkpoint.atomic import new_file
 from srd_modifier.errors import CheckpointError
 
@@ -113,7 +113,7 @@ def _write(
             found = Digests(hashlib.sha256(built[path]).hexdigest(), zlib.crc32(built[path]))
             advance(place.size)
         else:
-            found = _copy(files[path], place.size, (target, place.data), advance)
+            found = digest_file(files[path], place.size, "packed", copy_to=(target, place.data), advance=advance)
         records[number] = FileRecord(path, place.size, found.sha256, found.crc32, _NO_DIGEST).signed(key)
 
     in_parallel(copy, sizes, progress)
@@ -126,14 +126,3 @@ def _write(
         write_at(target, layout.local_header(place, checksum), place.start)
     write_at(target, layout.tail(checksums), layout.central)
     return manifest
-
-
-def _copy(path: Path, size: int, copy_to: tuple[int, int], advance: Advance) -> Digests:
-    try:
-        with path.open("rb", buffering=0) as file:
-            found = digest_stream(file.fileno(), 0, size, copy_to=copy_to, advance=advance)
-            if os.fstat(file.fileno()).st_size == size:
-                return found
-    except StreamFault as fault:
-        raise CheckpointError(f"{path} {fault}: it was changed while it was packed") from None
-    raise CheckpointError(f"{path} has grown while it was packed")

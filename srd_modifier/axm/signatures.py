@@ -26,7 +26,7 @@ from srd_modifier.axm.container import Container
 from srd_modifier.axm.keys import find_key
 from srd_modifier.axm.manifest import is_digest
 from srd_modifier.axm.sources import SIGNATURE, find_sources
-from srd_modifier.axm.streams import Advance, Progress, StreamFault, digest_stream, in_parallel
+from srd_modifier.axm.streams import Advance, Progress, digest_file, in_parallel
 from srd_modifier.checkpoint.atomic import write_text
 from srd_modifier.errors import CheckpointError, SRDError
 
@@ -202,7 +202,7 @@ def _in_directory(directory: Path, signature: Path | None, progress: Progress | 
 
     def work(number: int, advance: Advance) -> None:
         name, file = files[number]
-        digests[name] = _hash(file, sizes[number], advance)
+        digests[name] = digest_file(file, sizes[number], "read", copy_to=None, advance=advance).sha256
 
     try:
         sizes = [file.stat().st_size for _, file in files]
@@ -210,17 +210,6 @@ def _in_directory(directory: Path, signature: Path | None, progress: Progress | 
     except OSError as error:
         raise CheckpointError(f"cannot read {error.filename or directory}: {error.strerror or error}") from error
     return digests
-
-
-def _hash(path: Path, size: int, advance: Advance) -> str:
-    try:
-        with path.open("rb", buffering=0) as file:
-            found = digest_stream(file.fileno(), 0, size, copy_to=None, advance=advance)
-            if os.fstat(file.fileno()).st_size == size:
-                return found.sha256
-    except StreamFault as fault:
-        raise CheckpointError(f"{path} {fault}: it was changed while it was read") from None
-    raise CheckpointError(f"{path} has grown while it was read")
 
 
 # --- the keys --------------------------------------------------------------------------------------------------------

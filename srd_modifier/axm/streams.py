@@ -7,6 +7,9 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
+
+from srd_modifier.errors import CheckpointError
 
 Progress = Callable[[int, int], None]
 Advance = Callable[[int], None]
@@ -57,6 +60,30 @@ def digest_stream(source: int, start: int, size: int, *, copy_to: tuple[int, int
     return Digests(sha256.hexdigest(), crc32)
 
 
+def digest_file(path: Path, size: int, what_for: str, *, copy_to: tuple[int, int] | None, advance: Advance) -> Digests:
+    """Hash a file that has been measured before; arguments as of `digest_stream`.
+
+    Args:
+        path: the file.
+        size: its bytes, as they were measured.
+        what_for: what is being done with it, such as `packed`, for errors.
+        copy_to: descriptor and place to copy it to.
+        advance: called with the bytes that were read since the last call.
+
+    Raises:
+        CheckpointError: it has another size by now.
+        OSError: it cannot be read, or the copy not be written.
+    """
+    try:
+        with path.open("rb", buffering=0) as file:
+            found = digest_stream(file.fileno(), 0, size, copy_to=copy_to, advance=advance)
+            if os.fstat(file.fileno()).st_size == size:
+                return found
+    except StreamFault as fault:
+        raise CheckpointError(f"{path} {fault}: it was changed while it was {what_for}") from None
+    raise CheckpointError(f"{path} has grown while it was {what_for}")
+
+
 def in_parallel(work: Callable[[int, Advance], None], sizes: Sequence[int], progress: Progress | None) -> None:
     """Do a piece of work for each file, on all cores, the largest first.
 
@@ -83,12 +110,10 @@ def in_parallel(work: Callable[[int, Advance], None], sizes: Sequence[int], prog
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         try:
             futures = {number: pool.submit(work, number, advance) for number in order}
-            wait(futures.values(), return_when="FIRST_EXCEPTION")
-            failed = [number for number in sorted(futures) if futures[number].done() and futures[number].exception()]
-            if failed:
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-                raise futures[failed[0]].exception()  # type: ignore[misc]
+            ended, _ = wait(futures.values(), return_when="FIRST_EXCEPTION")
+            for number in sorted(futures):
+                if futures[number] in ended:
+                    futures[number].result()
         except BaseException:
             stop.set()  # a keyboard interrupt does not wait for 100 GB
             pool.shutdown(cancel_futures=True)

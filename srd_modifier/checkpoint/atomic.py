@@ -14,9 +14,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatch
-from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -93,7 +92,7 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def new_file(target: Path) -> Iterator[FileIO]:
+def new_file(target: Path) -> Iterator[BinaryIO]:
     """A temporary sibling of `target`, open for writing; it becomes `target` when the block ends without an error.
 
     Raises:
@@ -101,8 +100,9 @@ def new_file(target: Path) -> Iterator[FileIO]:
     """
     temporary = sibling(target)
     try:
-        with temporary.open("xb", buffering=0) as file:
+        with temporary.open("xb") as file:
             yield file
+            file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
         _flush(target.absolute().parent)
@@ -113,18 +113,9 @@ def new_file(target: Path) -> Iterator[FileIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file whole: temporary sibling, flush, rename."""
-    temporary = sibling(path)
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a small text file whole, as UTF-8; errors as `new_file`."""
+    with new_file(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from srd_modifier.cli._progress import byte_bar
+
 if TYPE_CHECKING:
     from srd_modifier.axm import Container, Key, Verified
-    from srd_modifier.axm.streams import Progress
 
 app = typer.Typer(help="Pack, verify and unpack signed containers.", no_args_is_help=True)
 
@@ -51,7 +52,7 @@ def pack(
     from srd_modifier.axm.pack import pack
 
     key = _require_key(key_file)
-    with _bar("packing") as progress:
+    with byte_bar("packing") as progress:
         manifest = pack(sources, output, key, overwrite=overwrite, progress=progress)
     fingerprint, size = manifest.fingerprint, output.stat().st_size
     if as_json:
@@ -84,7 +85,7 @@ def verify(
         return
     from srd_modifier.axm.verification import verify
 
-    with _bar("verifying") as progress:
+    with byte_bar("verifying") as progress:
         found = verify(
             path,
             key=_find_key(key_file),
@@ -135,7 +136,7 @@ def extract(
 
     key = _find_key(key_file)
     unpack = extract_gguf if gguf else extract
-    with Container(path, key=key) as container, _bar("unpacking") as progress:
+    with Container(path, key=key) as container, byte_bar("unpacking") as progress:
         names = unpack(container, output, overwrite=overwrite, progress=progress)
     typer.echo(f"wrote {output}: {len(names)} files, verified")
     if key is None:
@@ -155,7 +156,7 @@ def attest(
     from srd_modifier.axm.container import Container
     from srd_modifier.checkpoint.atomic import write_text
 
-    with Container(path, key=_find_key(key_file)) as container, _bar("verifying") as progress:
+    with Container(path, key=_find_key(key_file)) as container, byte_bar("verifying") as progress:
         container.verify(progress)
         text = encode_attestation(attest(container))
     if output is None:
@@ -181,7 +182,7 @@ def sign(
     from srd_modifier.axm.signatures import sign_container, sign_directory
 
     signing = sign_directory if path.is_dir() else sign_container
-    with _bar("hashing") as progress:
+    with byte_bar("hashing") as progress:
         written = signing(path, private_key, output, overwrite=overwrite, progress=progress)
     typer.echo(f"wrote {written}")
 
@@ -192,7 +193,7 @@ def _verify_directory(path: Path, public_key: Path | None, signature: Path | Non
 
     if public_key is None:
         raise SRDError(f"{path} is a directory: name the --public-key of who signed it, keys are for containers")
-    with _bar("verifying") as progress:
+    with byte_bar("verifying") as progress:
         signer = verify_directory_signature(path, public_key, signature, progress=progress)
     if as_json:
         _print_json({"path": str(path), "verified": True, "signer": signer})
@@ -283,11 +284,3 @@ def _fingerprints(fingerprint: str) -> dict[str, str]:
 
 def _print_json(values: dict[str, Any]) -> None:
     typer.echo(json.dumps(values, indent=2))
-
-
-@contextmanager
-def _bar(title: str) -> "Iterator[Progress]":
-    from srd_modifier.cli._progress import byte_bar
-
-    with byte_bar(title) as show:
-        yield show
