@@ -19,12 +19,12 @@ from types import FrameType
 
 import pytest
 from containers import (
+    FINGERPRINT,
     OTHER_SECRET,
     SECRET,
     ZipEntry,
     compact,
     container,
-    fingerprint,
     header,
     key_id,
     record,
@@ -57,7 +57,6 @@ FILES = {
 }
 OTHERS = FILES | {"model.gguf": b"GGUF" + _BASE.randbytes(60_000), "notes/about.txt": b"What that is.\n"}
 VALID, OTHER = container(FILES), container(OTHERS)
-FINGERPRINT = fingerprint(record(name, data) for name, data in FILES.items())
 KEY = Key(SECRET)
 
 # --- mutations -------------------------------------------------------------------------------------------------------

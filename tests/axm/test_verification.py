@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 from containers import (
     FILES,
+    FINGERPRINT,
     OTHER_FILES,
     OTHER_SECRET,
     SECRET,
+    SHORT,
     container,
-    fingerprint,
     key_id,
-    record,
     same_checksum,
     signed_entries,
     write_zip,
@@ -22,9 +22,6 @@ from srd_modifier.axm.container import Container
 from srd_modifier.axm.keys import Key
 from srd_modifier.axm.verification import Verified, verify
 from srd_modifier.errors import CheckpointError, SRDError
-
-FINGERPRINT = fingerprint(record(name, data) for name, data in FILES.items())
-SHORT = "-".join(FINGERPRINT[start : start + 4] for start in (0, 4, 8, 12))
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ import pytest
 import typer
 from containers import (
     FILES,
+    FINGERPRINT,
     OTHER_SECRET,
     SECRET,
+    SHORT,
     container,
-    fingerprint,
     key_id,
-    record,
     signed_entries,
     write_files,
     write_secret,
@@ -28,9 +28,6 @@ from containers import (
 
 from srd_modifier.axm.keys import ENVIRONMENT
 from srd_modifier.cli import _app
-
-FINGERPRINT = fingerprint(record(name, data) for name, data in FILES.items())
-SHORT = "-".join(FINGERPRINT[start : start + 4] for start in (0, 4, 8, 12))
 
 Run = Callable[..., Any]
 

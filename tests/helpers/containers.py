@@ -234,3 +234,8 @@ def _shifted(byte: int) -> int:
     for _ in range(8):
         byte = byte >> 1 ^ (0xEDB88320 if byte & 1 else 0)
     return byte
+
+
+# of the container of FILES, under any key
+FINGERPRINT = fingerprint(record(name, data) for name, data in FILES.items())
+SHORT = "-".join(FINGERPRINT[start : start + 4] for start in (0, 4, 8, 12))
