@@ -18,6 +18,9 @@ from srd_modifier.errors import SRDError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+SELF = "self"
+"""The name of the text that a model writes itself, where a data set is asked for."""
+
 _SELF_BATCH = 32
 
 

@@ -1,17 +1,17 @@
 """One call from a model and a recipe to a whole checkpoint: what `srd quantize` and `srd demo` do."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srd_modifier._extras import require
-from srd_modifier.calibration import as_dataset, from_file, from_model
+from srd_modifier.calibration import SELF, as_dataset, from_file, from_model
 from srd_modifier.checkpoint.atomic import new_directory, refuse_existing
 from srd_modifier.errors import RecipeError, SRDError
 
 if TYPE_CHECKING:
     from llmcompressor.recipe import Recipe
 
-SELF = "self"
 
 # what AWQModifier of llm-compressor 0.14.0.1 ends in on a machine with a CPU only
 _NO_ACCELERATOR = "Cannot access accelerator device when none is available"
@@ -22,7 +22,7 @@ def quantize(
     recipe_path: Path,
     output: Path,
     *,
-    dataset: str | None = None,
+    dataset: str | Sequence[Sequence[int]] | None = None,
     num_samples: int = 512,
     max_seq_length: int = 512,
     seed: int = 0,
@@ -35,8 +35,8 @@ def quantize(
         model_name: a directory or hub id.
         recipe_path: a YAML recipe.
         output: the directory to make; it appears when everything is written, or not at all.
-        dataset: a text or JSON file, `self` for samples that the model writes, or a data set that llm-compressor
-            knows by name; None for recipes that need no data.
+        dataset: a text or JSON file, `self` for samples that the model writes, a data set that llm-compressor knows by
+            name, or samples as token ids, which are taken as they are; None for recipes that need no data.
         num_samples: calibration samples.
         max_seq_length: tokens per sample.
         seed: of everything random: sampling, the choice of samples, shuffling.
@@ -62,6 +62,8 @@ def quantize(
         # data that was given is used, if only for importance.safetensors
         modifier.requires_calibration_data |= dataset is not None and modifier.quantizes_itself
     kwargs: dict[str, Any] = {}
+    if dataset is not None and not isinstance(dataset, str):
+        num_samples, max_seq_length = len(dataset), max(map(len, dataset), default=0)
     if dataset is not None:
         kwargs |= {"num_calibration_samples": num_samples, "max_seq_length": max_seq_length}
         kwargs["dataset"] = _calibration(
@@ -139,7 +141,7 @@ def _oneshot(recipe_path: Path, **kwargs: Any) -> None:
         ) from error
 
 
-def _check_data(path: Path, recipe: "Recipe", dataset: str | None) -> None:
+def _check_data(path: Path, recipe: "Recipe", dataset: str | Sequence[Sequence[int]] | None) -> None:
     needing = [type(m).__name__ for m in recipe.modifiers if m.requires_calibration_data]
     if needing and dataset is None:
         raise SRDError(f"{path}: {needing[0]} needs calibration data; give --dataset a text file, or --dataset self")
@@ -167,7 +169,11 @@ def _load(model_name: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _calibration(dataset: str, model: Any, tokenizer: Any, **settings: int) -> Any:
+def _calibration(dataset: str | Sequence[Sequence[int]], model: Any, tokenizer: Any, **settings: int) -> Any:
+    if not isinstance(dataset, str):
+        if not dataset or min(map(len, dataset)) < 2:
+            raise SRDError("there is no text to calibrate on: samples are of two token ids or more")
+        return as_dataset([list(sample) for sample in dataset])
     if dataset == SELF:
         return as_dataset(from_model(model, tokenizer, **settings))
     if Path(dataset).suffix or Path(dataset).exists():

@@ -2,7 +2,7 @@
 
     srd.version              1, the version of these keys
     srd.library              version of this package
-    srd.method               conversion, weight-error or output-error, see `Method`
+    srd.method               conversion, weight-error, output-error or training, see `Method`
     srd.mixture              the rule or the budget that gave each tensor its type
     srd.importance           SHA-256 of the importance that was used, absent if none was
     srd.calibration.text     name, SHA-256 and number of tokens of the calibration text, absent if there was none
@@ -50,6 +50,9 @@ class Method(str, Enum):
 
     OUTPUT_ERROR = "output-error"
     """The error of each layer's output on calibration data."""
+
+    TRAINED = "training"
+    """The loss of a training on the grid of the blocks, whose scales were there before."""
 
 
 @dataclass(frozen=True, kw_only=True)

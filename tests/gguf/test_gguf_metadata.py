@@ -179,6 +179,7 @@ def test_files_of_one_model_are_of_one_size_whatever_was_calibrated(write):
     ways: list[dict[str, Any]] = [
         {},
         {"method": Method.CONVERSION},
+        {"method": Method.TRAINED},
         {"importance": importance},
         {"importance": importance, "calibration": DEMO},
         {"method": Method.OUTPUT_ERROR, "importance": importance, "calibration": DEMO},

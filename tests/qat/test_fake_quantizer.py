@@ -1,5 +1,7 @@
 """Rounding in the forward pass: values, widths between two grids, and gradients against finite differences."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -76,7 +78,7 @@ def test_each_bit_about_halves_the_error():
     for width in range(4, 16):
         quantizer.width = width
         errors.append((quantizer(weight) - weight).square().mean().sqrt().item())
-    assert all(0.35 < after / before < 0.65 for before, after in zip(errors, errors[1:], strict=False))
+    assert all(0.35 < after / before < 0.65 for before, after in pairwise(errors))
 
 
 @pytest.mark.parametrize("width", [4.0, 4.3, 7.0, 15.5])

@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from srd_modifier.calibration import from_file, from_model
+from srd_modifier.calibration import SELF, from_file, from_model
 from srd_modifier.errors import SRDError
 from srd_modifier.gguf.metadata import CalibrationText
-
-SELF = "self"
 
 
 @dataclass(frozen=True)
