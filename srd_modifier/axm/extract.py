@@ -7,7 +7,7 @@ from pathlib import Path
 from srd_modifier.axm.container import Container
 from srd_modifier.axm.manifest import FileRecord
 from srd_modifier.axm.streams import Progress
-from srd_modifier.checkpoint.atomic import new_directory, new_file
+from srd_modifier.checkpoint.atomic import new_directory, new_file, refuse_existing_file
 from srd_modifier.errors import CheckpointError
 
 
@@ -52,8 +52,7 @@ def extract_gguf(
     if len(records) > 1:
         names = ", ".join(record.path for record in records)
         raise CheckpointError(f"{container.path} holds {len(records)} GGUF files ({names}); name a directory for them")
-    if output.is_dir() or (output.exists() and not overwrite):
-        raise CheckpointError(f"{output} already exists; choose another name or pass --overwrite")
+    refuse_existing_file(output, overwrite=overwrite)
     with new_file(output) as file:
         container.read_files(records, progress=progress, copy_to=lambda record: nullcontext(file))
     return [records[0].path]

@@ -13,7 +13,7 @@ from srd_modifier.axm.manifest import FileRecord, Manifest, in_order
 from srd_modifier.axm.names import HEADER, MANIFEST, POLICY
 from srd_modifier.axm.sources import SIGNATURE, find_sources
 from srd_modifier.axm.streams import Advance, Digests, Progress, digest_file, in_parallel, write_at
-from srd_modifier.checkpoint.atomic import new_file
+from srd_modifier.checkpoint.atomic import new_file, refuse_existing_file
 from srd_modifier.errors import CheckpointError
 
 _NO_DIGEST = "0" * 64
@@ -47,13 +47,8 @@ def pack(
 
 def refuse_existing(output: Path, *, overwrite: bool) -> None:
     """Raise CheckpointError if something is at `output` that may not be replaced by a container."""
-    if output.is_dir():
-        raise CheckpointError(f"{output} is a directory, expected the name of a file to make")
-    if not output.exists():
-        return
-    if not overwrite:
-        raise CheckpointError(f"{output} already exists; choose another name or pass --overwrite")
-    if not output.is_file() or _first_bytes(output) != b"PK\3\4":
+    refuse_existing_file(output, overwrite=overwrite)
+    if output.exists() and (not output.is_file() or _first_bytes(output) != b"PK\3\4"):
         raise CheckpointError(f"{output} is not a container and is not overwritten; remove it yourself")
 
 

@@ -27,7 +27,7 @@ from srd_modifier.axm.keys import find_key
 from srd_modifier.axm.manifest import is_digest
 from srd_modifier.axm.sources import SIGNATURE, find_sources
 from srd_modifier.axm.streams import Advance, Progress, digest_file, in_parallel
-from srd_modifier.checkpoint.atomic import write_text
+from srd_modifier.checkpoint.atomic import refuse_existing_file, write_text
 from srd_modifier.errors import CheckpointError, SRDError
 
 if TYPE_CHECKING:
@@ -307,13 +307,9 @@ def _read(path: Path, most: int, kind: str) -> bytes:
 def _prepare(private_key: Path, output: Path, overwrite: bool) -> bytes | None:
     """Refuse what can be refused before the files are read; the private key's password."""
     require("model_signing", extra="sign")
-    if output.is_dir():
-        raise CheckpointError(f"{output} is a directory, expected the name of a file to make")
-    if output.exists():
-        if not overwrite:
-            raise CheckpointError(f"{output} already exists; choose another name or pass --overwrite")
-        if _bundle(_read(output, _MAX_SIGNATURE_BYTES, "signature")) is None:
-            raise CheckpointError(f"{output} is not a signature and is not overwritten; remove it yourself")
+    refuse_existing_file(output, overwrite=overwrite)
+    if output.exists() and _bundle(_read(output, _MAX_SIGNATURE_BYTES, "signature")) is None:
+        raise CheckpointError(f"{output} is not a signature and is not overwritten; remove it yourself")
     return _check_private_key(private_key)
 
 

@@ -91,6 +91,14 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
         raise CheckpointError(f"{target} is not a model directory and is not overwritten; remove it yourself")
 
 
+def refuse_existing_file(target: Path, *, overwrite: bool) -> None:
+    """Raise CheckpointError if `target` is a directory, or a file that may not be replaced."""
+    if target.is_dir():
+        raise CheckpointError(f"{target} is a directory, expected the name of a file to make")
+    if target.exists() and not overwrite:
+        raise CheckpointError(f"{target} already exists; choose another name or pass --overwrite")
+
+
 @contextmanager
 def new_file(target: Path) -> Iterator[BinaryIO]:
     """A temporary sibling of `target`, open for writing; it becomes `target` when the block ends without an error.

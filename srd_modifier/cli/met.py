@@ -63,7 +63,7 @@ def met(
     speed = parse_speed(storage_speed)
     given = None if policy is None else Policy.from_yaml(policy)
     if output is not None:
-        from srd_modifier.gguf.writer import refuse_existing_file
+        from srd_modifier.checkpoint.atomic import refuse_existing_file
 
         refuse_existing_file(output, overwrite=overwrite)
     measured: list[Measured] | None = None

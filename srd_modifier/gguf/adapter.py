@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from srd_modifier._version import __version__
+from srd_modifier.checkpoint.atomic import refuse_existing_file
 from srd_modifier.errors import CheckpointError, ConfigError
 from srd_modifier.gguf.ggml import GGMLType
 from srd_modifier.gguf.reader import GGUFFile
-from srd_modifier.gguf.writer import Entry, refuse_existing_file, write_gguf
+from srd_modifier.gguf.writer import Entry, write_gguf
 
 if TYPE_CHECKING:
     from srd_modifier.gguf.families import GGUFTensor

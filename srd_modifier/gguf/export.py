@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from srd_modifier.checkpoint.atomic import refuse_existing_file
 from srd_modifier.errors import ConfigError, SRDError
 from srd_modifier.gguf.adapter import check_adapter, export_adapter
 from srd_modifier.gguf.blocks import LAYOUTS
@@ -23,7 +24,7 @@ from srd_modifier.gguf.importance import write_imatrix
 from srd_modifier.gguf.metadata import Method, model_id
 from srd_modifier.gguf.mixture import FileType, Override
 from srd_modifier.gguf.plan import ExportPlan, ExportSummary, encode_plain, head_bytes_of, plan_export, write_plan
-from srd_modifier.gguf.writer import Entry, padded_bytes, refuse_existing_file
+from srd_modifier.gguf.writer import Entry, padded_bytes
 from srd_modifier.selection.budget import Budget
 
 

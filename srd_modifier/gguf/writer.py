@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srd_modifier._extras import require
-from srd_modifier.checkpoint.atomic import sibling
+from srd_modifier.checkpoint.atomic import refuse_existing_file, sibling
 from srd_modifier.errors import SRDError
 from srd_modifier.gguf.ggml import GGMLType
 
@@ -47,14 +47,6 @@ class Entry:
             ValueError: its rows are not whole blocks.
         """
         return prod(self.shape[:-1]) * self.ggml_type.row_bytes(self.shape[-1])
-
-
-def refuse_existing_file(path: Path, *, overwrite: bool) -> None:
-    """Raise SRDError if `path` is a directory, or a file that may not be replaced."""
-    if path.is_dir():
-        raise SRDError(f"{path} is a directory, expected the name of a file")
-    if path.exists() and not overwrite:
-        raise SRDError(f"{path} already exists; choose another name or pass --overwrite")
 
 
 def write_gguf(

@@ -8,12 +8,7 @@ import pytest
 from containers import SECRET, container, write_files, write_secret
 
 from srd_modifier import cli
-from srd_modifier.axm.keys import ENVIRONMENT, Key
-
-
-@pytest.fixture(autouse=True)
-def no_key_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
+from srd_modifier.axm.keys import Key
 
 
 @pytest.fixture

@@ -32,11 +32,6 @@ from srd_modifier.cli import _app
 Run = Callable[..., Any]
 
 
-@pytest.fixture(autouse=True)
-def no_key_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
-
-
 @pytest.fixture
 def key_file(tmp_path: Path) -> Path:
     return write_secret(tmp_path / "axm.key")

@@ -10,11 +10,6 @@ from packing import KEY_HEX, flip_byte, pack_copy
 from srd_modifier.axm.keys import ENVIRONMENT
 
 
-@pytest.fixture(autouse=True)
-def no_key_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
-
-
 @pytest.fixture
 def packed(finished_checkpoint: Path, tmp_path: Path) -> Path:
     return pack_copy(finished_checkpoint, tmp_path / "srd.axm")

@@ -11,7 +11,6 @@ from containers import container
 from packing import flip_byte, pack_copy
 
 from srd_modifier.axm.entries import EntryPath, open_root
-from srd_modifier.axm.keys import ENVIRONMENT
 from srd_modifier.errors import CheckpointError, ConfigError, SRDError
 from srd_modifier.evaluation.comparison.candidate import Candidate, describe
 from srd_modifier.evaluation.digest import file_digest, model_digest
@@ -22,11 +21,6 @@ from srd_modifier.gguf.export import export_gguf
 from srd_modifier.gguf.mixture import FileType
 
 SETTINGS: list[dict[str, Any]] = [{}, {"alpha": 0.0}, {"alpha": 0.5, "chunks": ["early"]}]
-
-
-@pytest.fixture(autouse=True)
-def no_key_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
 
 
 @pytest.fixture(scope="module")

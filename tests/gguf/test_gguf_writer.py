@@ -12,10 +12,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from srd_modifier.checkpoint.atomic import refuse_existing_file
 from srd_modifier.errors import SRDError
 from srd_modifier.gguf import writer
 from srd_modifier.gguf.ggml import GGMLType, quantize
-from srd_modifier.gguf.writer import Entry, open_writer, refuse_existing_file, write_gguf
+from srd_modifier.gguf.writer import Entry, open_writer, write_gguf
 
 ENTRIES = (
     Entry("token_embd.weight", (5, 256), GGMLType.Q6_K),

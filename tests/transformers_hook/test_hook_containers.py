@@ -55,11 +55,6 @@ TRANSFORMERS = "import sys; from transformers import AutoModelForCausalLM, AutoT
 PLUGIN = "import srd_modifier\n"
 
 
-@pytest.fixture(autouse=True)
-def no_key_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
-
-
 @pytest.fixture(scope="module")
 def dense(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tiny-llama."""

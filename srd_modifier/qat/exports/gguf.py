@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from srd_modifier.checkpoint.atomic import refuse_existing_file
 from srd_modifier.errors import SRDError
 from srd_modifier.gguf.blocks import pack
 from srd_modifier.gguf.export import export_gguf
@@ -24,7 +25,6 @@ from srd_modifier.gguf.mixture import FileType
 from srd_modifier.gguf.plan import ExportPlan, ExportSummary, encode_plain, plan_export, write_plan
 from srd_modifier.gguf.reader import GGUFFile
 from srd_modifier.gguf.weights import ModelWeights
-from srd_modifier.gguf.writer import refuse_existing_file
 from srd_modifier.qat.exports._common import exact_levels, refuse_unfinished
 from srd_modifier.qat.exports.dense import export_dense
 from srd_modifier.qat.start import GGUFStart, file_type_of, grid_of, stored_blocks, stored_bytes, stored_type
