@@ -10,7 +10,7 @@ BENCHMARKS ?= benchmarks.rounding benchmarks.quality benchmarks.oneshot_cost ben
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := quantize,autoround,gguf,eval,peers,plot,sign,dev
+EXTRAS := quantize,autoround,gguf,eval,peers,plot,qat,sign,dev
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 SERVING_VENV := .venv-vllm

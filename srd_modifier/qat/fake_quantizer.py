@@ -69,7 +69,8 @@ class FakeQuantizer(nn.Module):
         """The weight at the present width, in its own dtype."""
         width = max(self.width, self.bits)
         if width >= FULL_PRECISION:
-            return weight
+            # DDP waits for a gradient of every parameter
+            return weight if self.log_factor is None else weight + 0 * self.log_factor.sum()
         return _StraightThrough.apply(weight, self._scale(), self.minimum, self.low, self.high, width - self.bits)
 
     def _scale(self) -> Tensor:

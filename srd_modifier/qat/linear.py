@@ -7,10 +7,12 @@ renames `weight` to `parametrizations.weight.original` in the state dict, which 
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.functional import linear
+from torch.nn.parallel import DistributedDataParallel
 
 from srd_modifier.errors import ConfigError
 from srd_modifier.qat.fake_quantizer import FakeQuantizer
@@ -70,6 +72,8 @@ def fake_quantize(model: nn.Module, grids: Mapping[str, Grid], *, learned_scales
 
 def fake_quantized_modules(model: nn.Module) -> dict[str, FakeQuantizedLinear]:
     """The modules that `fake_quantize` changed, by the names that they had then."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
     return {
         ".".join(part for part in name.split(".") if part not in _WRAPPERS): module
         for name, module in model.named_modules()
@@ -94,14 +98,23 @@ def finish(model: nn.Module) -> dict[str, Grid]:
         The grids by module name, scales as they were learned, on the weights' devices.
     """
     modules = fake_quantized_modules(model)
-    grids = {name: module.fake_quantizer.grid for name, module in modules.items()}
     with _whole_parameters(model):
+        grids = {name: module.fake_quantizer.grid for name, module in modules.items()}
         for name, module in modules.items():
             _put_on(grids[name], module.weight)
     for module in modules.values():
         delattr(module, _CHILD)
-        module.__class__ = nn.Linear  # type: ignore[assignment]
+        module.__class__ = _unchanged_class(type(module))
     return grids
+
+
+def _unchanged_class(changed: type) -> type:
+    """What a module was before; FSDP 2 puts a class of its own above that of a module which it shards by itself."""
+    if changed is FakeQuantizedLinear:
+        return nn.Linear
+    bases = tuple(nn.Linear if base is FakeQuantizedLinear else base for base in changed.__bases__)
+    own = {name: value for name, value in vars(changed).items() if name not in ("__dict__", "__weakref__")}
+    return type(changed.__name__.replace(FakeQuantizedLinear.__name__, nn.Linear.__name__), bases, own)
 
 
 def _put_on(grid: Grid, weight: Tensor) -> None:
@@ -109,8 +122,12 @@ def _put_on(grid: Grid, weight: Tensor) -> None:
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         if isinstance(weight, DTensor):  # FSDP 2
-            values = grid.nearest(weight.full_tensor().float()).to(weight.dtype)
-            weight.copy_(distribute_tensor(values, weight.device_mesh, weight.placements))
+            mesh = weight.device_mesh
+            # what is offloaded to the CPU cannot be gathered there
+            there: Any = weight.to(mesh.device_type)
+            values = grid.to(mesh.device_type).nearest(there.full_tensor().float())
+            # all processes have all values: each takes its own part of them
+            weight.copy_(distribute_tensor(values.to(weight.dtype), mesh, weight.placements, src_data_rank=None))
             return
     weight.copy_(grid.nearest(weight.float()))
 

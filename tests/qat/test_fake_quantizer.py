@@ -128,6 +128,18 @@ def test_learned_scales_have_the_derivative_of_lsq():
     torch.testing.assert_close(quantizer.log_factor.grad, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_learned_scales_have_a_gradient_at_full_precision_too():
+    """DDP waits for one from every parameter."""
+    weight = weight_of().requires_grad_()
+    quantizer = FakeQuantizer(symmetric(weight), learned_scale=True)
+    quantizer.width = 16.0
+    assert torch.equal(quantizer(weight), weight)
+    quantizer(weight).sum().backward()
+    assert quantizer.log_factor is not None
+    assert torch.equal(quantizer.log_factor.grad, torch.zeros_like(quantizer.log_factor))
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+
+
 def test_learned_scales_are_bfloat16_numbers():
     quantizer = FakeQuantizer(symmetric(weight_of()), learned_scale=True)
     assert quantizer.log_factor is not None
