@@ -12,6 +12,7 @@ from srd_modifier.selection.depth import CHUNKS
 _METHODS = {
     "weight-error": "codes chosen by the error of the weights, as llama-quantize does",
     "output-error": "codes chosen by the error of the layers' outputs",
+    "training": "codes trained on this grid",
 }
 
 
