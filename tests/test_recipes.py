@@ -27,7 +27,7 @@ from srd_modifier.residual import ResidualFormat
 from srd_modifier.transformers import load_corrected
 
 REPOSITORY = Path(__file__).parents[1]
-RECIPES = {path.stem: path for path in sorted((REPOSITORY / "recipes").iterdir())}
+RECIPES = {path.stem: path for path in sorted((REPOSITORY / "recipes").glob("*.yaml"))}
 TEXT = REPOSITORY / "examples" / "text" / "demo.txt"
 
 LAYERS = 5

@@ -4,6 +4,7 @@ A script names its model, its recipe and the small stand-in of `--smoke`, and ca
 interrupted run finds done when it is started again with the same options:
 
     text            what everything is calibrated on (`calibration_text`)
+    training        only where the script has one: of the original; the checkpoint is then made of what comes out
     checkpoint      the recipe through llm-compressor: W4A16, with what it loses as an int8 residual
     GGUF files      Q4_K_M calibrated by us, and as `llama-quantize` makes it, with importance and without
     comparison      all rows on the same tasks, `srd_modifier.evaluation.comparison`
@@ -71,13 +72,47 @@ SMALL_SMOLLM2_1_7B: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True)
+class Trained:
+    """A model that was made of the original.
+
+    Attributes:
+        model: its dense weights, of which the checkpoint is made in the original's place.
+        name: what the labels of the checkpoint's rows begin with.
+        note: what readers should know about them.
+        rows: what else is measured of it.
+        description: how it was trained, in a few words.
+    """
+
+    model: Path
+    name: str
+    note: str
+    rows: tuple["Candidate", ...]
+    description: str
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a script makes another model of the original, before that is quantized.
+
+    Attributes:
+        add_options: adds those that it alone has.
+        made_of: what decides the weights that come out, by the options, as JSON has it; refuses what is at fault.
+        run: makes the model of the original, as it was named, or finds it made.
+    """
+
+    add_options: Callable[[argparse.ArgumentParser], None]
+    made_of: Callable[[argparse.Namespace], dict[str, Any]]
+    run: Callable[[str, argparse.Namespace], Trained]
+
+
+@dataclass(frozen=True)
 class Table:
     """What a script rebuilds.
 
     Attributes:
         name: of its folder below out/reproduce.
         title: of the published model.
-        model: hub id of the original; `None` where only --model can say.
+        model: hub id of the original.
         recipe: of the checkpoint, YAML.
         small_model: config.json of the stand-in that --smoke makes, the same architecture with few and narrow layers.
         float32_scales: whether the scales of W4 are float32. llm-compressor gives them the dtype of the weights, so the
@@ -85,19 +120,19 @@ class Table:
         needs_data: whether the recipe's quantizer reads the calibration text.
         alphas: dials to measure besides 0 and 1.
         write_tokenizer: writes the stand-in's tokenizer; `None` takes that of examples/tiny-llama.
-        missing_model: what to say where `model` is `None` and --model was not given.
+        training: what the checkpoint is made of is trained first; `None` makes it of the original.
     """
 
     name: str
     title: str
-    model: str | None
+    model: str
     recipe: str
     small_model: Mapping[str, Any]
     float32_scales: bool = False
     needs_data: bool = False
     alphas: tuple[float, ...] = ()
     write_tokenizer: Callable[[Path], None] | None = None
-    missing_model: str = ""
+    training: Training | None = None
 
 
 @dataclass(frozen=True)
@@ -159,11 +194,6 @@ class Files:
             folder / "imatrix.gguf",
         )
 
-    @property
-    def all_gguf(self) -> tuple[Path, ...]:
-        """The GGUF files, in the order of the table."""
-        return self.plain, self.weighted, self.calibrated
-
 
 def main(table: Table, description: str | None, arguments: Sequence[str] | None = None) -> int:
     """Run a script; what is at fault with the input is one sentence on stderr and status 1."""
@@ -180,7 +210,7 @@ def main(table: Table, description: str | None, arguments: Sequence[str] | None 
 
 
 def parser(table: Table, description: str) -> argparse.ArgumentParser:
-    """The options, which all scripts have in common."""
+    """The options, which all scripts have in common but for those of a training."""
     result = argparse.ArgumentParser(
         description=description.strip(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -200,6 +230,8 @@ def parser(table: Table, description: str) -> argparse.ArgumentParser:
     add("--limit", type=int, help="ask only the first so many questions of TruthfulQA, not all 817")
     add("--llamacpp-tokens", type=int, help=f"for llama.cpp's own perplexity by its server ({FULL.llamacpp_tokens})")
     add("--smoke", action="store_true", help="all steps with a small random model and a little text, in a minute")
+    if table.training is not None:
+        table.training.add_options(result)
     return result
 
 
@@ -209,8 +241,6 @@ def rebuild(table: Table, options: argparse.Namespace, command: Sequence[str]) -
     Raises:
         SRDError: model, data, calibration text or output are at fault.
     """
-    if options.model is None and not options.smoke:
-        raise SRDError(table.missing_model)
     sizes = _sizes(options)
     import calibration_text
     import llamacpp_perplexity
@@ -230,8 +260,9 @@ def rebuild(table: Table, options: argparse.Namespace, command: Sequence[str]) -
     model, data_dir, source = options.model, options.data_dir, options.calibration or calibration_text.SELF
     if options.smoke:
         model, data_dir, source = _write_stand_ins(table, options, output)
+    made_of = {} if table.training is None else {"training": table.training.made_of(options)}
 
-    _say("reading the tasks and their data")
+    say("reading the tasks and their data")
     tasks = _tasks(data_dir, sizes, options)
     own_task = llamacpp_perplexity.task(data_dir, sizes, program=llamacpp_perplexity.find_program())
     original = _find_original(model)
@@ -240,25 +271,34 @@ def rebuild(table: Table, options: argparse.Namespace, command: Sequence[str]) -
         source, original, output, samples=sizes.samples, sample_tokens=sizes.sample_tokens, device=device
     )
     _check_calibration(model, text, sizes)
-    _keep_to(output, table, original, text, sizes)
+    _keep_to(output, table, original, text, sizes, made_of)
 
+    trained = None if table.training is None else table.training.run(model, options)
     files = Files.below(output)
-    _make_checkpoint(table, original, text, sizes, files)
+    _make_checkpoint(table, original if trained is None else trained.model, text, sizes, files)
     _make_gguf(original, text, sizes, device, files)
 
-    _say("scoring all models")
+    say("scoring all models")
+    reference, candidates = _models(table, model, original, trained, files)
     results = compare(
-        *_models(table, model, _dtype(original), files),
+        reference,
+        candidates,
         tasks,
         output,
         setting=Setting(dtype=getattr(torch, options.dtype), device=options.device),
         command=command,
-        settings={"max_tokens": sizes.max_tokens, "limit": options.limit, "calibration": text.name},
-        progress=_bar,
-        say=_say,
+        settings={
+            "max_tokens": sizes.max_tokens,
+            "limit": options.limit,
+            "calibration": text.name,
+            "training": None if trained is None else trained.description,
+        },
+        progress=bar,
+        say=say,
     )
-    _say("asking llama.cpp for its own perplexity of the GGUF files")
-    results = llamacpp_perplexity.add_to(results, files.all_gguf, own_task, output, device=device, progress=_bar)
+    say("asking llama.cpp for its own perplexity of the GGUF files")
+    gguf = [Path(each.model) for each in candidates if Path(each.model).suffix == ".gguf"]
+    results = llamacpp_perplexity.add_to(results, gguf, own_task, output, device=device, progress=bar)
     write_report(results, output)
     return published.write(results, table, original, output / "published.md")
 
@@ -330,7 +370,14 @@ def _check_calibration(model: str, text: "CalibrationText", sizes: Sizes) -> Non
     from_file(text.path, load_tokenizer(model), num_samples=sizes.samples, max_seq_length=sizes.sample_tokens)
 
 
-def _keep_to(output: Path, table: Table, original: Path, text: "CalibrationText", sizes: Sizes) -> None:
+def _keep_to(
+    output: Path,
+    table: Table,
+    original: Path,
+    text: "CalibrationText",
+    sizes: Sizes,
+    more: Mapping[str, Any],
+) -> None:
     """Refuse an output directory whose files were made of something else, and note what they are made of."""
     from srd_modifier.checkpoint.atomic import write_json
     from srd_modifier.evaluation.digest import model_digest
@@ -341,16 +388,18 @@ def _keep_to(output: Path, table: Table, original: Path, text: "CalibrationText"
         "calibration": text.sha256,
         "samples": sizes.samples,
         "sample_tokens": sizes.sample_tokens,
+        **more,
     }
     path = output / "made_of.json"
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != made_of:
         raise SRDError(
-            f"{output} holds files of another model, recipe or calibration text; choose another --output or remove it"
+            f"{output} holds files of another model, recipe, training or calibration text; choose another --output or "
+            "remove it"
         )
     write_json(path, made_of)
 
 
-def _make_checkpoint(table: Table, original: Path, text: "CalibrationText", sizes: Sizes, files: Files) -> None:
+def _make_checkpoint(table: Table, model: Path, text: "CalibrationText", sizes: Sizes, files: Files) -> None:
     from srd_modifier.checkpoint.atomic import write_text
     from srd_modifier.quantizing import quantize
 
@@ -358,11 +407,11 @@ def _make_checkpoint(table: Table, original: Path, text: "CalibrationText", size
     os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "WARNING")
     if (files.checkpoint / "config.json").is_file():
         return
-    _say("quantizing to W4A16 with its residual")
+    say("quantizing to W4A16 with its residual")
     output = files.checkpoint.parent
     recipe = output / "recipe.yaml"
     write_text(recipe, table.recipe)
-    source = _read_as_float32(original, output / "original-float32") if table.float32_scales else original
+    source = _read_as_float32(model, output / "as-float32") if table.float32_scales else model
     quantize(
         str(source),
         recipe,
@@ -373,16 +422,16 @@ def _make_checkpoint(table: Table, original: Path, text: "CalibrationText", size
     )
 
 
-def _read_as_float32(original: Path, view: Path) -> Path:
+def _read_as_float32(model: Path, view: Path) -> Path:
     """The same files under a config.json that says float32: links, so no second copy of the weights."""
     from srd_modifier.checkpoint.atomic import write_json
 
     view.mkdir(exist_ok=True)
-    for file in original.iterdir():
+    for file in model.iterdir():
         link = view / file.name
         if file.is_file() and file.name != "config.json" and not link.exists():
             link.symlink_to(file.resolve())
-    config = json.loads((original / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)  # as it was spelled before Transformers 5
     write_json(view / "config.json", {**config, "dtype": "float32"})
     return view
@@ -394,7 +443,7 @@ def _make_gguf(original: Path, text: "CalibrationText", sizes: Sizes, device: st
 
     # the importance is written last, so where it is the calibrated file is too
     if not files.importance.is_file():
-        _say("writing the calibrated Q4_K_M")
+        say("writing the calibrated Q4_K_M")
         calibration = Calibration(
             str(text.path), num_samples=sizes.samples, max_seq_length=sizes.sample_tokens, device=device
         )
@@ -402,22 +451,24 @@ def _make_gguf(original: Path, text: "CalibrationText", sizes: Sizes, device: st
             original, files.calibrated, calibration=calibration, imatrix_output=files.importance, overwrite=True
         )
     if not files.weighted.is_file():
-        _say("writing Q4_K_M as llama-quantize does, with importance")
+        say("writing Q4_K_M as llama-quantize does, with importance")
         export_gguf(original, files.weighted, imatrix=files.importance)
     if not files.plain.is_file():
-        _say("writing Q4_K_M as llama-quantize does")
+        say("writing Q4_K_M as llama-quantize does")
         export_gguf(original, files.plain, use_importance=False)
 
 
-def _dtype(original: Path) -> str:
-    """What the original's weights are stored in, as tables call it."""
-    config = json.loads((original / "config.json").read_text(encoding="utf-8"))
+def dtype_of(model: Path) -> str:
+    """What a model's weights are stored in, as tables call it."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     text = config.get("text_config") or {}
     found = next((values[key] for values in (config, text) for key in ("dtype", "torch_dtype") if values.get(key)), "")
     return _DTYPES.get(found, found or "the")
 
 
-def _models(table: Table, model: str, dtype: str, files: Files) -> tuple["Candidate", list["Candidate"]]:
+def _models(
+    table: Table, model: str, original: Path, trained: Trained | None, files: Files
+) -> tuple["Candidate", list["Candidate"]]:
     """The reference, and the other rows in their order."""
     from srd_modifier.evaluation.comparison.candidate import Candidate
 
@@ -425,26 +476,32 @@ def _models(table: Table, model: str, dtype: str, files: Files) -> tuple["Candid
         return Candidate(str(path), label, family=label)
 
     def dialled(label: str, **settings: Any) -> Candidate:
-        return Candidate(str(files.checkpoint), label, family="W4A16 + D8", notes=notes, **settings)
+        return Candidate(str(files.checkpoint), f"{name}{label}", family=f"{name} + D8", notes=notes, **settings)
 
-    notes = (_FLOAT32_NOTE,) if table.float32_scales and dtype != "fp32" else ()
-
-    return Candidate(model, f"{dtype} original"), [
+    name = "W4A16" if trained is None else trained.name
+    widened = table.float32_scales and dtype_of(original if trained is None else trained.model) != "fp32"
+    notes = (*((_FLOAT32_NOTE,) if widened else ()), *(() if trained is None else (trained.note,)))
+    checkpoint = [
+        dialled(" alone, alpha 0", alpha=0.0),
+        dialled(" + D8, 40-77 % of depth", alpha=1.0, chunks=(SELECTIVE_CHUNK,)),
+        *(dialled(f" + D8, alpha {alpha:g}", alpha=alpha) for alpha in table.alphas),
+        dialled(" + D8, alpha 1", alpha=1.0),
+    ]
+    calibrated = gguf(files.calibrated, "Q4_K_M, calibrated")
+    return Candidate(model, f"{dtype_of(original)} original"), [
         gguf(files.plain, "Q4_K_M, ggml"),
         gguf(files.weighted, "Q4_K_M, ggml with importance"),
-        dialled("W4A16 alone, alpha 0", alpha=0.0),
-        dialled("W4A16 + D8, 40-77 % of depth", alpha=1.0, chunks=(SELECTIVE_CHUNK,)),
-        *(dialled(f"W4A16 + D8, alpha {alpha:g}", alpha=alpha) for alpha in table.alphas),
-        dialled("W4A16 + D8, alpha 1", alpha=1.0),
-        gguf(files.calibrated, "Q4_K_M, calibrated"),
+        # what the original comes to without training stands together
+        *([*checkpoint, calibrated] if trained is None else [calibrated, *trained.rows, *checkpoint]),
     ]
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Tell what comes next."""
     print(line, flush=True)
 
 
-def _bar(title: str) -> Callable[[int, int], None]:
+def bar(title: str) -> Callable[[int, int], None]:
     """A bar on a terminal, nothing elsewhere."""
     from tqdm import tqdm
 

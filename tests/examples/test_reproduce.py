@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,26 +14,32 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
+from srd_modifier.checkpoint.base import BaseCheckpoint
 from srd_modifier.errors import SRDError
+from srd_modifier.evaluation.digest import model_digest
 from srd_modifier.evaluation.load import load
 from srd_modifier.evaluation.local import LocalScorer
 from srd_modifier.evaluation.results import ModelResult, Results, read_results
 from srd_modifier.evaluation.tasks.base import Subject
 from srd_modifier.evaluation.tasks.find import TaskOptions, find_tasks
+from srd_modifier.qat.settings import TrainingSettings
 from srd_modifier.selection.depth import count_layers, in_range
 
 pytestmark = pytest.mark.slow
 
 FOLDER = Path(__file__).parents[2] / "examples" / "reproduce"
 
-ALONE, SELECTIVE, FULL = "W4A16 alone, alpha 0", "W4A16 + D8, 40-77 % of depth", "W4A16 + D8, alpha 1"
 GGUF_ROWS = {
     "Q4_K_M, ggml": "ggml-Q4_K_M.gguf",
     "Q4_K_M, ggml with importance": "ggml-importance-Q4_K_M.gguf",
     "Q4_K_M, calibrated": "calibrated-Q4_K_M.gguf",
 }
+TRAINED, TRAINED_LEVELS = "QAT, bf16", "QAT, W4A16 as trained"
+TRAINED_GGUF_ROWS = {"QAT, Q4_K_M, ggml": "original-Q4_K_M.gguf", "QAT, Q8_0, ggml": "original-Q8_0.gguf"}
 COLUMNS = ("perplexity", "KLD", "TruthfulQA MC1", "D8 bytes", "bits/weight", "GGUF bytes", "llama.cpp's own")
 
 
@@ -45,7 +52,9 @@ class Expected:
         bits: per weight, of W4A16 alone and with the full residual.
         architecture: of the small model, as that of the real one.
         real: dimensions of the real model.
-        rows: besides those that all tables have.
+        rows: of the checkpoint, besides those that all tables have.
+        checkpoint: what the labels of its rows begin with.
+        trained: whether a training comes first.
         hidden: what divides the width of the hidden state, of 64, 128 and 256.
     """
 
@@ -54,7 +63,21 @@ class Expected:
     architecture: str
     real: dict[str, Any]
     rows: tuple[str, ...] = ()
+    checkpoint: str = "W4A16"
+    trained: bool = False
     hidden: tuple[int, ...] = (64, 128, 256)
+
+    @property
+    def alone(self) -> str:
+        return f"{self.checkpoint} alone, alpha 0"
+
+    @property
+    def selective(self) -> str:
+        return f"{self.checkpoint} + D8, 40-77 % of depth"
+
+    @property
+    def full(self) -> str:
+        return f"{self.checkpoint} + D8, alpha 1"
 
 
 _1_7B = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 32}
@@ -86,7 +109,14 @@ SCRIPTS = (
         rows=("W4A16 + D8, alpha 0.5",),
     ),
     Expected("smollm2_1_7b_w4a16", (4.125, 12.375), "LlamaForCausalLM", {**_1_7B, "tie_word_embeddings": True}),
-    Expected("smollm2_1_7b_qat", (4.5, 13.0), "LlamaForCausalLM", {**_1_7B, "tie_word_embeddings": True}),
+    Expected(
+        "smollm2_1_7b_qat",
+        (4.5, 13.0),
+        "LlamaForCausalLM",
+        {**_1_7B, "tie_word_embeddings": True},
+        checkpoint="QAT, W4A16 to nearest",
+        trained=True,
+    ),
     Expected(
         "gemma4_e2b",
         (4.25, 12.5),
@@ -117,6 +147,14 @@ class Run:
         score = self.row(label).score(task, metric)
         assert score is not None
         return score.value
+
+    @property
+    def gguf(self) -> dict[str, Path]:
+        """The GGUF files by the labels of their rows."""
+        files = {label: self.output / "gguf" / name for label, name in GGUF_ROWS.items()}
+        if self.expected.trained:
+            files |= {label: self.output / "training" / name for label, name in TRAINED_GGUF_ROWS.items()}
+        return files
 
     @property
     def published(self) -> str:
@@ -184,7 +222,9 @@ def smoke(script: Callable[[str], ModuleType], expected: Expected, output: Path)
 
 
 def test_every_row_is_there_once(run: Run) -> None:
-    wanted = ["bf16 original", *GGUF_ROWS, ALONE, SELECTIVE, FULL, *run.expected.rows]
+    expected = run.expected
+    wanted = ["bf16 original", *run.gguf, expected.alone, expected.selective, expected.full, *expected.rows]
+    wanted += [TRAINED, TRAINED_LEVELS] if expected.trained else []
     assert sorted(model.label for model in run.results.models) == sorted(wanted)
     assert run.results.reference.label == "bf16 original"
     assert [task.name for task in run.results.tasks] == ["wikitext2", "truthfulqa_mc1", "wikitext2_llamacpp"]
@@ -192,7 +232,7 @@ def test_every_row_is_there_once(run: Run) -> None:
 
 def test_every_figure_is_finite(run: Run) -> None:
     for model in run.results.models:
-        is_gguf = model.label in GGUF_ROWS
+        is_gguf = model.label in run.gguf
         measured = {(score.task, score.metric) for score in model.scores}
         assert {("wikitext2", "ppl"), ("truthfulqa_mc1", "acc")} <= measured
         assert (("wikitext2", "kld_mean") in measured) != model.reference
@@ -207,8 +247,13 @@ def test_every_figure_is_finite(run: Run) -> None:
 
 
 def test_more_of_the_residual_diverges_less(run: Run) -> None:
-    alone, selective, full = (run.figure(label, "kld_mean") for label in (ALONE, SELECTIVE, FULL))
-    assert full < 0.01 * alone
+    expected = run.expected
+    # the residual leads back to what was quantized, which after a training is not the original
+    target = run.figure(TRAINED, "kld_mean") if expected.trained else 0.0
+    alone, selective, full = (
+        run.figure(label, "kld_mean") for label in (expected.alone, expected.selective, expected.full)
+    )
+    assert abs(full - target) < 0.01 * (alone - target)
     assert full < selective < alone
     for label in run.expected.rows:
         assert full < run.figure(label, "kld_mean") < alone
@@ -230,20 +275,21 @@ def test_d8_bytes_are_those_of_the_sidecar(run: Run) -> None:
                 sizes[name] = tensor.numel() * tensor.itemsize
     layers = count_layers(sizes)
     selective = sum(size for name, size in sizes.items() if in_range(name, layers, 0.40, 0.77))
-    assert run.row(ALONE).residual_bytes == 0
-    assert run.row(SELECTIVE).residual_bytes == selective
-    assert run.row(FULL).residual_bytes == sum(sizes.values())
+    expected = run.expected
+    assert run.row(expected.alone).residual_bytes == 0
+    assert run.row(expected.selective).residual_bytes == selective
+    assert run.row(expected.full).residual_bytes == sum(sizes.values())
     assert 0 < selective < sum(sizes.values()) < sum(path.stat().st_size for path in files)  # headers
-    for label in run.expected.rows:
-        assert run.row(label).residual_bytes == run.row(FULL).residual_bytes
+    for label in expected.rows:
+        assert run.row(label).residual_bytes == run.row(expected.full).residual_bytes
 
 
 def test_bits_per_weight_are_those_of_the_recipe(run: Run) -> None:
     alone, full = run.expected.bits
     # the shape of every module is stored beside its codes
-    assert run.row(ALONE).bits_per_weight == pytest.approx(alone, abs=0.005)
-    assert run.row(FULL).bits_per_weight == pytest.approx(full, abs=0.005)
-    selective = run.row(SELECTIVE).bits_per_weight
+    assert run.row(run.expected.alone).bits_per_weight == pytest.approx(alone, abs=0.005)
+    assert run.row(run.expected.full).bits_per_weight == pytest.approx(full, abs=0.005)
+    selective = run.row(run.expected.selective).bits_per_weight
     assert selective is not None
     assert alone < selective < full
     assert run.row("bf16 original").bits_per_weight == 16
@@ -257,12 +303,12 @@ def tensor_types(path: Path) -> dict[str, str]:
 
 
 def test_gguf_bytes_are_those_of_the_files(run: Run) -> None:
-    for label, name in GGUF_ROWS.items():
-        size = (run.output / "gguf" / name).stat().st_size
+    for label, path in run.gguf.items():
+        size = path.stat().st_size
         assert run.row(label).bytes_on_disk == size
         assert run.cells[label][5] == f"{size:,d}"
-    types = [tensor_types(run.output / "gguf" / name) for name in GGUF_ROWS.values()]
-    assert types[0] == types[1] == types[2]
+    types = [tensor_types(path) for label, path in run.gguf.items() if "Q4_K_M" in label]
+    assert all(each == types[0] for each in types)
 
 
 def test_llama_cpp_computes_what_transformers_does_from_the_same_file(run: Run) -> None:
@@ -292,7 +338,7 @@ def test_the_published_table_has_what_was_measured_and_nothing_else(run: Run) ->
         assert re.fullmatch(r"\d\.\d{4} ± \d\.\d{4}", accuracy)
         assert residual == ("-" if model.residual_bytes is None else f"{model.residual_bytes:,d}")
         assert bits == f"{model.bits_per_weight:.2f}"
-        assert (gguf == "-") == (own == "-") == (model.label not in GGUF_ROWS)
+        assert (gguf == "-") == (own == "-") == (model.label not in run.gguf)
     assert "dense" in run.published
     assert "2 windows of 64" in cells[""][6]
     assert "SRDModifier" in run.published
@@ -349,6 +395,107 @@ def test_a_mixture_is_one_by_its_config(script: Callable[[str], ModuleType], tmp
     assert script("published")._architecture(tmp_path) == "a mixture of 128 experts, 8 for each token"
 
 
+# the one that trains
+
+
+@pytest.fixture
+def trained(runs: Runs) -> Run:
+    """For reading only."""
+    return runs(next(each for each in SCRIPTS if each.trained))
+
+
+def training_options(script: Callable[[str], ModuleType], *arguments: str) -> Any:
+    table = script("smollm2_1_7b_qat").TABLE
+    return script("pipeline").parser(table, "").parse_args(["--smoke", *arguments])
+
+
+def test_it_trains_the_published_setting_of_smaller_sizes(trained: Run) -> None:
+    record = json.loads((trained.output / "training" / "training.json").read_text(encoding="utf-8"))
+    recipe = FOLDER.parents[1] / "recipes" / "qat" / "smollm2_1_7b.yaml"
+    sizes = {"num_samples": 16, "max_seq_length": 64, "batch_size": 4, "micro_batch_size": 2}
+    assert record["settings"] == TrainingSettings.read(recipe, **sizes).as_dict()
+    assert [entry["bits"] for entry in record["history"] if "loss" in entry] == pytest.approx([16, 12.5, 7.5, 4])
+    assert f"4 steps on 16 samples of {record['data']} by smollm2_1_7b.yaml" in trained.published.replace("\\", "")
+
+
+def test_without_options_it_trains_on_wikitext_103(script: Callable[[str], ModuleType]) -> None:
+    table = script("smollm2_1_7b_qat").TABLE
+    made_of = table.training.made_of(script("pipeline").parser(table, "").parse_args([]))
+    assert made_of["data"] == {"name": "Salesforce/wikitext:wikitext-103-raw-v1"}
+    assert table.model == "HuggingFaceTB/SmolLM2-1.7B"
+    assert (made_of["settings"]["num_samples"], made_of["settings"]["max_seq_length"]) == (4000, 512)
+
+
+def test_as_trained_it_has_the_levels_of_the_training(trained: Run) -> None:
+    folder = trained.output / "training"
+    levels, original = BaseCheckpoint(folder / "w4a16"), load_file(trained.output / "original" / "model.safetensors")
+    dense = load_file(folder / "bf16" / "model.safetensors")
+    modules = [name.removesuffix(".weight") for name in dense if "_proj." in name]
+    assert len(modules) == 21
+    for module in modules:
+        assert torch.equal(levels.dequantize(module).bfloat16(), dense[f"{module}.weight"])
+        assert not torch.equal(original[f"{module}.weight"], dense[f"{module}.weight"])
+    embeddings = "model.embed_tokens.weight"
+    assert not torch.equal(original[embeddings], dense[embeddings])
+    assert trained.row(TRAINED_LEVELS).bits_per_weight == pytest.approx(4.25, abs=0.005)
+    assert trained.row(TRAINED_LEVELS).residual_bytes is None
+    assert trained.figure(TRAINED_LEVELS, "kld_mean") == pytest.approx(trained.figure(TRAINED, "kld_mean"), rel=0.01)
+
+
+def test_an_interrupted_training_goes_on(trained: Run, script: Callable[[str], ModuleType]) -> None:
+    folder = trained.output / "training"
+    before = {name: load_file(folder / name / "model.safetensors") for name in ("bf16", "w4a16")}
+    shutil.rmtree(folder / "w4a16")
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
+    earlier = folder / "checkpoints" / "checkpoint-3" / "model.safetensors"
+    written = earlier.stat().st_mtime_ns
+    training, options = (
+        script("smollm2_1_7b_qat").TABLE.training,
+        training_options(script, "--output", str(trained.output)),
+    )
+    model = str(trained.output / "original")
+    training.run(model, options)
+    assert earlier.stat().st_mtime_ns == written
+    for name, tensors in before.items():
+        again = load_file(folder / name / "model.safetensors")
+        assert again.keys() == tensors.keys()
+        assert all(torch.equal(again[tensor], tensors[tensor]) for tensor in tensors)
+    # what is finished is found
+    files = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert training.run(model, options).model == folder / "bf16"
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == files
+
+
+def test_another_training_is_not_mixed_in(
+    trained: Run, script: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = FOLDER.parents[1] / "recipes" / "qat" / "distilled.yaml"
+    arguments = ["--smoke", "--output", str(trained.output), "--training-recipe", str(recipe)]
+    assert "holds files of another model" in refusal(script("smollm2_1_7b_qat"), arguments, capsys)
+
+
+def test_weights_that_were_trained_elsewhere(trained: Run, script: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    dense = trained.output / "training" / "bf16"
+    training = script("smollm2_1_7b_qat").TABLE.training
+    options = training_options(script, "--output", str(tmp_path), "--trained", str(dense))
+    assert training.made_of(options) == {"trained": model_digest(dense)}
+    given = training.run("original", options)
+    assert given.model == dense
+    rows = {row.label: Path(row.model) for row in given.rows}
+    assert rows.keys() == {TRAINED, *TRAINED_GGUF_ROWS}
+    for label in TRAINED_GGUF_ROWS:
+        assert tensor_types(rows[label]) == tensor_types(trained.gguf[label])
+    assert not (tmp_path / "training").exists()
+
+
+def test_trained_weights_are_not_trained(
+    script: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--output", str(tmp_path), "--trained", "a", "--training-data", "b"]
+    found = refusal(script("smollm2_1_7b_qat"), arguments, capsys)
+    assert found == "--trained names finished weights: leave --training-data and --training-recipe out"
+
+
 # going on, and other ways to llama.cpp's perplexity
 
 
@@ -369,7 +516,8 @@ def test_files_of_another_text_are_not_mixed_in(
     other.write_text("The river runs north through the old town. " * 100)
     arguments = ["--smoke", "--output", str(first.output), "--calibration", str(other)]
     assert refusal(script(first.expected.name), arguments, capsys) == (
-        f"{first.output} holds files of another model, recipe or calibration text; choose another --output or remove it"
+        f"{first.output} holds files of another model, recipe, training or calibration text; choose another --output "
+        "or remove it"
     )
 
 
@@ -445,14 +593,6 @@ def refusal(module: ModuleType, arguments: list[str], capsys: pytest.CaptureFixt
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     return lines[0].removeprefix("error: ")
-
-
-def test_qat_needs_trained_weights(
-    script: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = refusal(script("smollm2_1_7b_qat"), ["--output", str(tmp_path)], capsys)
-    assert found.startswith("training is not part of this version, so --model must name the trained weights")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_data_directory_without_files_and_no_network(
