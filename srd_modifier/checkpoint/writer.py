@@ -70,7 +70,7 @@ class SidecarWriter:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot write {directory}: {error.strerror or error}") from error
-        groups = _group(self.entries, max_shard_bytes)
+        groups = shard_groups(self.entries, max_shard_bytes)
         self._files = [
             _ShardFile(directory / f"residual-{number:05d}-of-{len(groups):05d}.safetensors", group)
             for number, group in enumerate(groups, 1)
@@ -256,7 +256,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat)
 
 
-def _group(entries: Mapping[str, ResidualEntry], max_bytes: int) -> list[dict[str, ResidualEntry]]:
+def shard_groups(entries: Mapping[str, ResidualEntry], max_bytes: int) -> list[dict[str, ResidualEntry]]:
     """The modules of each file, in order; a module larger than the limit gets a file of its own."""
     groups: list[dict[str, ResidualEntry]] = []
     used = 0

@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def _app() -> typer.Typer:
-    from srd_modifier.cli import autoload, axm, card, compare, demo, export, inspect, met, qat, quantize, trim
+    from srd_modifier.cli import autoload, axm, card, compare, demo, export, inspect, met, plan, qat, quantize, trim
     from srd_modifier.cli import eval as eval_
 
     app = typer.Typer(
@@ -40,6 +40,7 @@ def _app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.command("quantize")(quantize.quantize)
+    app.command("plan")(plan.plan)
     app.command("qat")(qat.qat)
     app.command("inspect")(inspect.inspect)
     app.command("eval")(eval_.evaluate)

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from srd_modifier import cli
 from srd_modifier.errors import SRDError
 
-COMMANDS = ["quantize", "qat", "inspect", "eval", "trim", "export", "demo", "autoload"]
+COMMANDS = ["quantize", "plan", "qat", "inspect", "eval", "trim", "export", "demo", "autoload"]
 
 
 def test_no_arguments_show_the_commands(srd):

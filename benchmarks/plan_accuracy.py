@@ -1,0 +1,97 @@
+"""What `srd plan` says against what `srd quantize` then does: bytes and time.
+
+    python -m benchmarks.plan_accuracy [--case NAME ...] [--repeats N]
+
+Plan and quantization are processes of their own, and a quantization is repeated; its figures are medians. Models have
+random weights in real shapes. Time is planned only for recipes without calibration. The peak of
+memory is shown because it is not planned: it differs from run to run.
+
+    rtn        round-to-nearest W4 in groups of 64, and an int8 residual everywhere
+    gptq       the same after GPTQ, on 16 samples of 128 tokens
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from benchmarks.models import REPOSITORY, SCHEME, write_random
+from benchmarks.process import measure, median, print_cost, run
+from benchmarks.scratch import scratch
+
+_CASES = ("smollm2-135m/rtn", "smollm2-135m/gptq", "llama-132m/rtn", "smollm2-1.7b/rtn")
+_MODIFIERS = {
+    "rtn": {"SRDModifier": SCHEME},
+    "gptq": {"SRDModifier": {"ignore": ["lm_head"]}, "GPTQModifier": SCHEME},
+}
+
+
+def worker(model: str, recipe: str, output: str, calibrate: bool) -> None:
+    """One quantization, measured as the command runs it: imports are done, the model is not loaded."""
+    import llmcompressor  # noqa: F401
+    import torch
+
+    import srd_modifier.modifier  # noqa: F401
+    from srd_modifier.cli._quiet import quiet_libraries
+    from srd_modifier.quantizing import quantize
+
+    quiet_libraries(bars=False)
+    samples = torch.randint(1, 4000, (16, 128), generator=torch.Generator().manual_seed(0)).tolist()
+    data = samples if calibrate else None
+    print_cost(measure(lambda: quantize(model, Path(recipe), Path(output), dataset=data, overwrite=True)))
+
+
+def planned(model: Path, recipe: Path) -> dict:
+    """The plan as the command prints it."""
+    command = [str(Path(sys.executable).with_name("srd")), "plan", str(model), "--recipe", str(recipe), "--json"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def written(directory: Path) -> int:
+    """Bytes of every file."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--case", action="append", choices=_CASES)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--worker", nargs=4, metavar=("MODEL", "RECIPE", "OUTPUT", "BASE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        model, recipe, output, base = options.worker
+        worker(model, recipe, output, base == "gptq")
+        return
+    with scratch() as folder:
+        for case in options.case or _CASES:
+            name, base = case.split("/")
+            model = folder / name
+            if not model.is_dir():
+                write_random(name, folder)
+            recipe = folder / f"{base}.yaml"
+            recipe.write_text(
+                yaml.safe_dump({"quant_stage": {"quant_modifiers": _MODIFIERS[base]}}, sort_keys=False),
+                encoding="utf-8",
+            )
+            plan = planned(model, recipe)
+            arguments = ["--worker", str(model), str(recipe), str(folder / "output"), base]
+            costs = [run("benchmarks.plan_accuracy", arguments) for _ in range(options.repeats)]
+            _report(f"{case} bytes", plan["total_bytes"], written(folder / "output"))
+            if plan["estimate"] is not None:
+                _report(f"{case} seconds", plan["estimate"]["seconds"], median(costs, "seconds"))
+            peaks = [cost.peak_mb for cost in costs]
+            print(f"{case} peak of memory, not planned: {min(peaks):,.0f} to {max(peaks):,.0f} MB", flush=True)
+
+
+def _report(label: str, expected: float, found: float) -> None:
+    print(f"{label:32} planned {expected:15,.1f}   found {found:15,.1f}   {expected / found - 1:+8.3%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

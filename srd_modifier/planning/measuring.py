@@ -1,0 +1,78 @@
+"""Quantize small models one after another and print what each took: a program for a process of its own.
+
+    python -m srd_modifier.planning.measuring ORDER.json
+
+ORDER.json is `{"recipe": FILE, "seconds": LIMIT, "jobs": [{"model": DIR, "output": DIR}]}`. The last line printed is a
+JSON object: `runs`, the seconds and quantized weights of every job that was begun within the limit, and `error`, the
+sentence that says why one failed, if one did.
+
+Each job is a fork of a process that has only imported, so that none is faster for what another has loaded or freed.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Run the jobs of the file that the command line names."""
+    # imports are not what is measured
+    import llmcompressor  # noqa: F401
+
+    import srd_modifier.modifier  # noqa: F401
+    from srd_modifier.cli._quiet import quiet_libraries
+
+    quiet_libraries(bars=False)
+    order = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    started = time.perf_counter()
+    runs: list[dict[str, Any]] = []
+    result: dict[str, Any] = {"runs": runs, "error": None}
+    for job in order["jobs"]:
+        if runs and time.perf_counter() - started > order["seconds"]:
+            break
+        run = _in_fork(job, Path(order["recipe"]))
+        if "error" in run:
+            result["error"] = run["error"]
+            break
+        runs.append(run)
+    print(json.dumps(result), flush=True)
+
+
+def _in_fork(job: dict[str, str], recipe: Path) -> dict[str, Any]:
+    result = Path(job["output"] + ".json")
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            result.write_text(json.dumps(_run(job, recipe)), encoding="utf-8")
+            status = 0
+        finally:
+            os._exit(status)  # not back into the caller, whatever happens
+    os.waitpid(child, 0)
+    if not result.is_file():
+        return {"error": "the process ended, which happens where memory runs out"}
+    return dict(json.loads(result.read_text(encoding="utf-8")))
+
+
+def _run(job: dict[str, str], recipe: Path) -> dict[str, Any]:
+    from srd_modifier.checkpoint.base import BaseCheckpoint
+    from srd_modifier.errors import SRDError
+    from srd_modifier.quantizing import quantize
+
+    begun = time.perf_counter()
+    try:
+        quantize(job["model"], recipe, Path(job["output"]))
+    except SRDError as error:
+        return {"error": str(error)}
+    except Exception as error:  # of whatever kind: the one who asked has to know why there is no figure
+        return {"error": f"{type(error).__name__}: {error}"}
+    seconds = time.perf_counter() - begun
+    weights, _ = BaseCheckpoint(Path(job["output"])).quantized_size()
+    return {"seconds": seconds, "weights": weights}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Expected time, from quantizing the first layers of the same model with made-up weights.
+
+What a layer takes depends on kernels and on the memory's bandwidth: it is measured with the code that will run. Models
+of a few depths give what is paid once and what each weight adds, and the number of weights the rest.
+
+Memory is not predicted: the same quantization, run twice, differs by a third in its peak, by what the allocator happens
+to keep.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from srd_modifier.errors import SRDError
+from srd_modifier.planning.miniature import write_miniature
+from srd_modifier.planning.modules import ModulePlan
+from srd_modifier.planning.source import ModelSource
+from srd_modifier.selection.depth import count_layers, layer_of
+
+SECONDS = 10.0
+"""What the measured runs may take together, about."""
+
+# weights of the first run, of a layer for three, two and one run: 50 to 100 million are quantized in a second
+_FIRST_RUN = 35_000_000
+_THREE_RUNS = 60_000_000
+_TWO_RUNS = 140_000_000
+_ONE_RUN = 500_000_000
+_TIMEOUT = 90.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What quantizing is expected to take on this machine.
+
+    Attributes:
+        seconds: from the first byte read to the last one written, imports not counted; about.
+        layers: decoder layers of the runs that it is drawn from.
+    """
+
+    seconds: float
+    layers: tuple[int, ...]
+
+
+def estimate(source: ModelSource, plan: ModulePlan, recipe: Path) -> Estimate:
+    """Measure short models, and draw the line through them to the whole one.
+
+    Raises:
+        SRDError: there is no estimate for this recipe, model or system; the message says why.
+    """
+    if not hasattr(os, "fork"):
+        raise SRDError("a process is measured in a fork, which this system does not have")
+    if plan.calibrates:
+        raise SRDError("the recipe calibrates, and what that takes depends on the data")
+    if plan.has_residual and any(module.residual is None for module in plan.modules):
+        raise SRDError("the recipe corrects only a part of the modules, which fewer layers do not have in proportion")
+    layers = count_layers(module.name for module in plan.modules)
+    if not layers:
+        raise SRDError("the model has no decoder layers to measure")
+    inside = sum(module.weights for module in plan.modules if layer_of(module.name) is not None)
+    depths = depths_to_measure(layers, inside / layers)
+    with tempfile.TemporaryDirectory(prefix="srd-plan-") as folder:
+        runs = _measure(source, Path(folder), depths, recipe)
+    total = sum(module.weights for module in plan.modules)
+    return Estimate(seconds_at(total, runs), depths[: len(runs)])
+
+
+def depths_to_measure(layers: int, weights: float) -> tuple[int, ...]:
+    """Decoder layers of the runs; fewer runs where a layer is large.
+
+    Args:
+        layers: of the model.
+        weights: of one layer.
+
+    Raises:
+        SRDError: a single layer takes too long.
+    """
+    if weights > _ONE_RUN:
+        raise SRDError(f"a decoder layer has {weights:,.0f} weights, too many for a probe of {SECONDS:g} seconds")
+    first = max(1, round(_FIRST_RUN / weights))
+    count = 3 if weights <= _THREE_RUNS else 2 if weights <= _TWO_RUNS else 1
+    # a small model is measured whole, and where that is all there is, once
+    return tuple(sorted({min(layers, first * number) for number in range(1, count + 1)}))
+
+
+def seconds_at(total: int, runs: list[dict[str, Any]]) -> float:
+    """The line through the runs, at a number of weights.
+
+    Args:
+        total: weights of the whole model.
+        runs: `weights` and `seconds` of each, from few to many.
+    """
+    weights, seconds = ([float(run[name]) for run in runs] for name in ("weights", "seconds"))
+    if weights[-1] == total:
+        return seconds[-1]  # the model itself
+    if len(runs) == 1:
+        return seconds[0] * total / weights[0]
+    slope, intercept = np.polyfit(weights, seconds, 1)
+    return float(intercept + slope * total) if slope > 0 else max(seconds)
+
+
+def _measure(source: ModelSource, folder: Path, depths: tuple[int, ...], recipe: Path) -> list[dict[str, Any]]:
+    models = [write_miniature(source, depth, folder / f"model-{depth}") for depth in depths]
+    jobs = [{"model": str(model), "output": str(folder / f"output-{model.name}")} for model in models]
+    order = {"recipe": str(recipe.absolute()), "seconds": SECONDS, "jobs": jobs}
+    path = folder / "order.json"
+    path.write_text(json.dumps(order), encoding="utf-8")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+    command = [sys.executable, "-m", "srd_modifier.planning.measuring", str(path)]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        raise SRDError(f"the probe did not end within {_TIMEOUT:g} seconds") from None
+    lines = done.stdout.strip().splitlines()
+    if done.returncode != 0 or not lines:
+        raise SRDError(f"the probe failed: {(done.stderr.strip().splitlines() or ['it printed nothing'])[-1]}")
+    measured = json.loads(lines[-1])
+    if measured["error"]:
+        raise SRDError(f"the probe failed: {measured['error']}")
+    return list(measured["runs"])
