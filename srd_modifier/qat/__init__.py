@@ -3,6 +3,7 @@
 schedule        QATSchedule: the width at each optimizer step
 grid            the values that a weight may take in its export format
 start           where grids and first levels come from: rounding, or a calibrated quantizer's result
+gguf_start      the same from the blocks of a GGUF file
 fake_quantizer  a weight as it will be exported, at any width, with gradients that pass straight through
 linear          Linear modules that compute with fake-quantized weights, put in and taken out in place
 callback        ScheduledQATCallback: the schedule in the Trainer of Transformers

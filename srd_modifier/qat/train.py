@@ -37,9 +37,10 @@ from srd_modifier.qat.curve import draw_curve
 from srd_modifier.qat.data import Collator, Samples, check_length, from_data_set, from_model, from_text
 from srd_modifier.qat.distillation import DistillationTrainer
 from srd_modifier.qat.exports.destination import Destination, TrainedModel
+from srd_modifier.qat.gguf_start import calibrated_gguf, gguf_file
 from srd_modifier.qat.schedule import QATSchedule
 from srd_modifier.qat.settings import STARTS, W4A16, TrainingSettings, gguf_type
-from srd_modifier.qat.start import Start, calibrated_gguf, calibrated_w4, gguf_file, nearest_w4, w4_checkpoint
+from srd_modifier.qat.start import Start, calibrated_w4, nearest_w4, w4_checkpoint
 
 RECORD = "training.json"
 CURVE = "loss.png"

@@ -24,9 +24,10 @@ from srd_modifier.qat.exports.dense import export_dense
 from srd_modifier.qat.exports.gguf import export_converted_gguf, export_trained_gguf
 from srd_modifier.qat.exports.srd import export_srd
 from srd_modifier.qat.exports.w4a16 import export_w4a16
+from srd_modifier.qat.gguf_start import calibrated_gguf
 from srd_modifier.qat.grid import Grid
 from srd_modifier.qat.linear import fake_quantize, finish
-from srd_modifier.qat.start import calibrated_gguf, nearest_w4
+from srd_modifier.qat.start import nearest_w4
 from srd_modifier.residual import ResidualFormat
 from srd_modifier.transformers import load_corrected
 

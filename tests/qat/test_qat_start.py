@@ -19,15 +19,8 @@ from srd_modifier.evaluation.gguf import build_model
 from srd_modifier.gguf.export import export_gguf
 from srd_modifier.gguf.mixture import FileType
 from srd_modifier.gguf.reader import GGUFFile
-from srd_modifier.qat.start import (
-    Start,
-    calibrated_gguf,
-    calibrated_w4,
-    gguf_file,
-    nearest_w4,
-    stored_type,
-    w4_checkpoint,
-)
+from srd_modifier.qat.gguf_start import calibrated_gguf, gguf_file, stored_type
+from srd_modifier.qat.start import Start, calibrated_w4, nearest_w4, w4_checkpoint
 
 # rows of whole K-quant blocks, heads that RoPE reorders, biases that it reorders too
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "attention_bias": True, "uneven_norms": True}

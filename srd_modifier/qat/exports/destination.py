@@ -142,7 +142,7 @@ class Destination:
 def _write_gguf(trained: TrainedModel, file_type: FileType | None, path: Path) -> None:
     from srd_modifier.gguf.reader import GGUFFile
     from srd_modifier.qat.exports.gguf import export_converted_gguf, export_trained_gguf
-    from srd_modifier.qat.start import GGUFStart, file_type_of
+    from srd_modifier.qat.gguf_start import GGUFStart, file_type_of
 
     assert file_type is not None
     start = trained.start

@@ -27,7 +27,7 @@ from srd_modifier.gguf.reader import GGUFFile
 from srd_modifier.gguf.weights import ModelWeights
 from srd_modifier.qat.exports._common import exact_levels, refuse_unfinished
 from srd_modifier.qat.exports.dense import export_dense
-from srd_modifier.qat.start import GGUFStart, file_type_of, grid_of, stored_blocks, stored_bytes, stored_type
+from srd_modifier.qat.gguf_start import GGUFStart, file_type_of, grid_of, stored_blocks, stored_bytes, stored_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
