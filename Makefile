@@ -5,7 +5,8 @@
 PYTHON ?= python3
 WORKERS ?= 2
 BENCHMARKS ?= benchmarks.rounding benchmarks.quality benchmarks.oneshot_cost benchmarks.sensitivity_cost benchmarks.load_time \
-	benchmarks.gguf_quality benchmarks.gguf_export benchmarks.evaluation_speed benchmarks.container_speed
+	benchmarks.gguf_quality benchmarks.gguf_export benchmarks.evaluation_speed benchmarks.container_speed \
+	benchmarks.qat_overhead benchmarks.qat_quality
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -39,7 +39,7 @@ def qat(
         str | None,
         typer.Option(
             help="Width over the training: linear, cosine, step, constant, or milestones as 0:16,0.1:16,0.9:4. "
-            "Default: linear."
+            "Default: constant."
         ),
     ] = None,
     start: Annotated[

@@ -25,7 +25,10 @@ _W4_BITS = 4
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How a model is trained. The defaults are the published setting of SmolLM2-1.7B, but for distillation.
+    """How a model is trained: by default at the published sizes and rates, in the way that recovers most.
+
+    Published were a linear schedule, cross-entropy and all weights (recipes/qat/smollm2_1_7b.yaml); docs/qat.md has the
+    figures that decide.
 
     Attributes:
         grid: what the weights are trained for: `w4a16`, or `gguf:` and a type of llama.cpp's, as `gguf:Q4_K_M`.
@@ -51,7 +54,7 @@ class TrainingSettings:
     """
 
     grid: str = W4A16
-    schedule: str = "linear"
+    schedule: str = "constant"
     start: str = "calibrated"
     group_size: int = 64
     ignore: tuple[str, ...] = ()

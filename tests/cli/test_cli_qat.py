@@ -250,7 +250,7 @@ def test_input_at_fault(srd, small, tmp_path):
 
 
 def test_a_training_that_diverges(srd, small, tmp_path):
-    arguments = (*QUICK, "--device", "cpu", "--learning-rate", "1e30", "--save-steps", "1")
+    arguments = (*QUICK, "--device", "cpu", "--schedule", "linear", "--learning-rate", "1e30", "--save-steps", "1")
     done = srd("qat", small, "--text", DEMO, "--output", tmp_path / "out", *arguments)
     assert (done.status, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-1].startswith("srd: training diverged at step ")

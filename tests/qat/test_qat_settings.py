@@ -15,7 +15,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_the_defaults_are_those_of_the_published_model():
+def test_the_defaults_are_the_published_sizes_and_rates():
     settings = TrainingSettings.read(None)
     assert settings == TrainingSettings()
     reference = {
@@ -25,7 +25,7 @@ def test_the_defaults_are_those_of_the_published_model():
         "learning_rate": 2e-5,
         "weight_decay": 0.01,
         "batch_size": 64,
-        "schedule": "linear",
+        "schedule": "constant",
     }
     assert {name: getattr(settings, name) for name in reference} == reference
 
