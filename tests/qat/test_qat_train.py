@@ -39,6 +39,7 @@ STEPS, BATCH, MICRO, MODULES = 6, 4, 2, 14
 
 # a learning rate at which many weights come to another level
 SETTINGS = TrainingSettings(
+    schedule="linear",
     start="nearest",
     group_size=32,
     learning_rate=2e-3,
