@@ -43,7 +43,7 @@ def from_file(path: Path, tokenizer: Any, *, num_samples: int, max_seq_length: i
     if path.suffix in (".json", ".jsonl"):
         samples = [ids[:max_seq_length] for ids in _record_ids(path, tokenizer)]
     else:
-        ids = tokenizer(_read_text(path), verbose=False)["input_ids"]
+        ids = tokenizer(read_text(path), verbose=False)["input_ids"]
         samples = [ids[start : start + max_seq_length] for start in range(0, len(ids), max_seq_length)]
         if len(samples) > 1 and len(samples[-1]) < max_seq_length:
             samples.pop()
@@ -113,7 +113,7 @@ def _sampling_plainly(model: Any, *, length: int, pad_token_id: int) -> Iterator
 
 
 def _record_ids(path: Path, tokenizer: Any) -> Iterator[list[int]]:
-    text = _read_text(path)
+    text = read_text(path)
     try:
         if path.suffix == ".jsonl":
             records = [json.loads(line) for line in text.split("\n") if line.strip()]
@@ -159,7 +159,12 @@ def _message_ids(where: str, messages: Any, tokenizer: Any) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes BOS itself
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A whole text file.
+
+    Raises:
+        SRDError: it cannot be read, or is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -218,12 +218,7 @@ def _joined(pieces: Iterable[tuple[list[int], bool]], tokenizer: Any, begin: Seq
 
 def _file_pieces(path: Path) -> Iterator[_Piece]:
     """A file's text, cut at ends of lines where it is too long to tokenize at once."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SRDError(f"{path} is not UTF-8 text: {error}") from error
-    except OSError as error:
-        raise SRDError(f"{path} cannot be read: {error.strerror or error}") from error
+    text = calibration.read_text(path)
     start = 0
     while len(text) - start > _BLOCK:
         newline = text.find("\n", start + _BLOCK - 1)

@@ -175,15 +175,15 @@ def _train(
     """`train`, once it is known that it may."""
     set_seed(settings.seed)
     model, tokenizer = _load(model_name, torch.float32, device)
-    samples = _stored_samples(output) if resume else None
-    if samples is None:
-        samples = _samples(data, model, tokenizer, settings)
+    stored = _stored_samples(output) if resume else None
+    samples = _samples(data, model, tokenizer, settings) if stored is None else stored
     # nothing is lost before model and data have been found good
     if not resume:
         _begin(output, model_name, data, settings)
     write_json(output / RECORD, record)
-    with new_file(output / _SAMPLES) as file:
-        np.save(file, samples.token_ids)
+    if stored is None:
+        with new_file(output / _SAMPLES) as file:
+            np.save(file, samples.token_ids)
     tell(f"training on {len(samples):,} samples of {samples.token_ids.shape[1]} tokens from {data}")
     checkpoint = last_checkpoint(output / _CHECKPOINTS) if resume else None
     if checkpoint is None:
