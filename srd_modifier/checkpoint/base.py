@@ -75,6 +75,10 @@ class BaseCheckpoint:
         """A tensor, mapped from its file."""
         return self._shard(tensor).tensor(tensor)
 
+    def chunks(self, tensor: str) -> Iterator[bytes]:
+        """The bytes of a tensor, read piece by piece, without memory for more than a piece."""
+        return self._shard(tensor).chunks(tensor)
+
     def release(self) -> None:
         """Give back the memory that reading has filled; tensors stay valid."""
         for shard in self.shards:

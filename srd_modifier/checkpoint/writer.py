@@ -9,8 +9,7 @@ last.
 import hashlib
 import json
 import math
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from srd_modifier.checkpoint.config import VERSION
+from srd_modifier.checkpoint.placed import PlacedFile
 from srd_modifier.checkpoint.shards import DTYPE_NAMES
 from srd_modifier.errors import CheckpointError
 from srd_modifier.residual import EncodedResidual, ResidualFormat
@@ -55,13 +55,19 @@ class SidecarWriter:
         directory: where the files go; made if need be.
         entries: every module that will be written, in the order of the files.
         max_shard_bytes: a new file is begun beyond this size.
+        keep: go on with the files of a writer that did not finish; `restore` says what is in them.
 
     Raises:
         CheckpointError: the disk has no room for them.
     """
 
     def __init__(
-        self, directory: Path, entries: Mapping[str, ResidualEntry], *, max_shard_bytes: int = MAX_SHARD_BYTES
+        self,
+        directory: Path,
+        entries: Mapping[str, ResidualEntry],
+        *,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        keep: bool = False,
     ) -> None:
         self.directory = directory
         self.entries = dict(entries)
@@ -78,7 +84,7 @@ class SidecarWriter:
         self._file_of = {module: file for file in self._files for module in file.entries}
         try:
             for file in self._files:
-                file.reserve()
+                file.reserve(keep=keep)
         except CheckpointError:
             self.close()
             raise
@@ -99,6 +105,26 @@ class SidecarWriter:
         self._digests[module] = {
             suffix: self._file_of[module].write(f"{module}.{suffix}", tensors[suffix]) for suffix in layout
         }
+
+    def digests(self, module: str) -> dict[str, str]:
+        """SHA-256 of the tensors of a module that was written, by suffix."""
+        return dict(self._digests[module])
+
+    def restore(self, module: str, digests: Mapping[str, str]) -> bool:
+        """Take a module as written, if the files hold just these bytes for it; False if they do not."""
+        suffixes = self.entries[module].layout()
+        file = self._file_of[module]
+        if set(digests) != set(suffixes) or any(
+            file.digest(f"{module}.{suffix}") != digests[suffix] for suffix in suffixes
+        ):
+            return False
+        self._digests[module] = dict(digests)
+        return True
+
+    def flush(self, modules: Iterable[str]) -> None:
+        """Wait until the files of these modules are on the disk."""
+        for file in {id(file): file for file in map(self._file_of.__getitem__, modules)}.values():
+            file.flush()
 
     def finish(self, default: ResidualFormat) -> None:
         """Write headers and index; what is finished already stays as it is. Flushing is for who moves the files.
@@ -146,7 +172,7 @@ class _ShardFile:
     entries: dict[str, ResidualEntry]
     places: dict[str, tuple[torch.dtype, tuple[int, ...], int, int]] = field(init=False)
     _data_start: int = field(init=False)
-    _descriptor: int | None = field(init=False, default=None)
+    _file: PlacedFile = field(init=False)
     _finished: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -162,61 +188,35 @@ class _ShardFile:
             size = dtype.itemsize * math.prod(shape)
             self.places[name] = (dtype, shape, offset, offset + size)
             offset += size
-        self._size = offset
         self._data_start = len(self._header({module: {} for module in self.entries}))
+        self._file = PlacedFile(self.path, self._data_start + offset, "the residual")
 
-    def reserve(self) -> None:
-        total = self._data_start + self._size
-        try:
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._descriptor, 0, total)
-            else:  # macOS: the file gets its length, but a full disk is noticed only while writing
-                os.ftruncate(self._descriptor, total)
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot reserve {total} bytes for the residual in {self.path.parent}: {error.strerror or error}"
-            ) from error
+    def reserve(self, *, keep: bool) -> None:
+        self._file.reserve(keep=keep)
 
     def write(self, name: str, tensor: Tensor) -> str:
         """Write a tensor to its place and return the SHA-256 of its bytes."""
-        _, _, start, _ = self.places[name]
-        data = tensor_bytes(tensor)
-        descriptor = self._open_descriptor()
-        self._write_all(data, self._data_start + start)
-        # Linux then begins to write the pages out, so that the flush at the end has little left to wait for
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, self._data_start + start, len(data), os.POSIX_FADV_DONTNEED)
-        return hashlib.sha256(data).hexdigest()
+        return self._file.write([tensor_bytes(tensor)], self._data_start + self.places[name][2])
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of the bytes at a tensor's place."""
+        _, _, start, end = self.places[name]
+        return self._file.digest(self._data_start + start, self._data_start + end)
+
+    def flush(self) -> None:
+        self._file.flush()
 
     def finish(self, digests: Mapping[str, Mapping[str, str]]) -> None:
         if self._finished:
             return
         header = self._header(digests)
         assert len(header) == self._data_start
-        self._write_all(memoryview(header), 0)
+        self._file.write([header], 0)
         self.close()
         self._finished = True
 
     def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def _open_descriptor(self) -> int:
-        if self._descriptor is None:
-            raise CheckpointError(f"{self.path} is closed")
-        return self._descriptor
-
-    def _write_all(self, data: memoryview, offset: int) -> None:
-        descriptor = self._open_descriptor()
-        try:
-            while data:
-                written = os.pwrite(descriptor, data, offset)
-                data = data[written:]
-                offset += written
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self.path}: {error.strerror or error}") from error
+        self._file.close()
 
     def _header(self, digests: Mapping[str, Mapping[str, str]]) -> bytes:
         modules = {module: _record(entry, digests[module]) for module, entry in self.entries.items()}

@@ -1,46 +1,20 @@
 """The files of a checkpoint that is not written yet, to the byte where they hold tensors."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
+from srd_modifier.checkpoint.base_writer import BaseLayout, Layout, SafetensorsLayout
 from srd_modifier.checkpoint.config import CONFIG_KEY, VERSION, SRDConfig, read_model_config
 from srd_modifier.checkpoint.sensitivity import ModuleSensitivity, Sensitivity, sensitivity_file
-from srd_modifier.checkpoint.shards import DTYPE_NAMES
 from srd_modifier.checkpoint.writer import MAX_SHARD_BYTES, ResidualEntry, header_bytes, shard_groups
 from srd_modifier.errors import SRDError
-from srd_modifier.planning.modules import Layout, ModulePlan, layout_bytes
+from srd_modifier.planning.modules import ModulePlan
 from srd_modifier.planning.source import ModelSource
 
-# llm-compressor's, for the files of the W4A16 model
-_MAX_BASE_SHARD = "20GB"
-_ALIGNMENT = 8
 _DIGEST = "sha256:" + "0" * 64
-
-# the order in which the safetensors library writes: widest dtypes first, then by name
-_RANKS = {
-    dtype: rank
-    for rank, dtype in enumerate(
-        (
-            torch.bool,
-            torch.uint8,
-            torch.int8,
-            torch.float8_e5m2,
-            torch.float8_e4m3fn,
-            torch.int16,
-            torch.float16,
-            torch.bfloat16,
-            torch.int32,
-            torch.float32,
-            torch.float64,
-            torch.int64,
-        )
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -81,32 +55,20 @@ def planned_files(source: ModelSource, plan: ModulePlan, entries: Mapping[str, R
         plan: what the recipe does to it.
         entries: the modules that get a residual.
     """
-    base, base_index = _base_files(plan.saved)
+    base = BaseLayout(plan.saved, buffers=plan.buffers)
     importance: Layout = {}
     if plan.calibrates and plan.has_residual:
         importance = {f"{module.name}.importance": (torch.float32, (module.shape[1],)) for module in plan.modules}
     return PlannedFiles(
-        base=base,
-        base_index=base_index,
+        base=sum(file.size for file in base.files.values()),
+        base_index=len(base.index or ""),
         residual=residual_file_bytes(entries),
         residual_index=len(_residual_index(plan, entries)) if plan.has_residual else 0,
-        importance=safetensors_bytes(importance, metadata=None) if importance else 0,
+        importance=SafetensorsLayout(importance, metadata=None).size if importance else 0,
         sensitivity=_sensitivity_bytes(plan, entries) if plan.sensitivity else 0,
         gguf=_companion_bytes(source, plan),
         text=source.other_bytes + _config_bytes(source, plan, entries),
     )
-
-
-def safetensors_bytes(layout: Layout, *, metadata: Mapping[str, str] | None) -> int:
-    """Bytes of a file that the safetensors library writes: a length of 8 bytes, the header, the data."""
-    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
-    offset = 0
-    for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (-_RANKS[item[1][0]], item[0])):
-        end = offset + dtype.itemsize * math.prod(shape)
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-length // _ALIGNMENT) * _ALIGNMENT + offset
 
 
 def residual_file_bytes(entries: Mapping[str, ResidualEntry]) -> int:
@@ -115,27 +77,6 @@ def residual_file_bytes(entries: Mapping[str, ResidualEntry]) -> int:
         header_bytes(group) + sum(entry.bytes() for entry in group.values())
         for group in shard_groups(entries, MAX_SHARD_BYTES)
     )
-
-
-def _base_files(saved: Layout) -> tuple[int, int]:
-    """Bytes of the W4A16 model's safetensors files, and of their index, which a single file does not have."""
-    from huggingface_hub import split_state_dict_into_shards_factory
-
-    split = split_state_dict_into_shards_factory(
-        saved,
-        get_storage_size=lambda place: layout_bytes({"": place}),
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=_MAX_BASE_SHARD,
-    )
-    files = sum(
-        safetensors_bytes({name: saved[name] for name in names}, metadata={"format": "pt"})
-        for names in split.filename_to_tensors.values()
-    )
-    if not split.is_sharded:
-        return files, 0
-    weights = sum(math.prod(shape) for _, shape in saved.values())
-    index = {"metadata": {"total_parameters": weights, **split.metadata}, "weight_map": split.tensor_to_filename}
-    return files, len(json.dumps(index, indent=2, sort_keys=True)) + 1
 
 
 def _residual_index(plan: ModulePlan, entries: Mapping[str, ResidualEntry]) -> str:

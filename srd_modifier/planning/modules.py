@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from srd_modifier.checkpoint.base_writer import Layout, tensor_size
 from srd_modifier.errors import RecipeError
 from srd_modifier.residual import ResidualFormat
 from srd_modifier.selection.budget import Budget
@@ -15,9 +16,6 @@ from srd_modifier.selection.depth import chunk_of, count_layers
 
 if TYPE_CHECKING:
     from llmcompressor.recipe import Recipe
-
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-"""Dtype and shape by tensor name, in the order of the model."""
 
 HEAD, IGNORED, EMBEDDING, UNTARGETED = "output head", "ignore", "embedding", "not a target"
 
@@ -54,7 +52,7 @@ class PlannedModule:
     @property
     def base_bytes(self) -> int:
         """Bytes of the tensors of W4."""
-        return layout_bytes(self.base)
+        return sum(map(tensor_size, self.base.values()))
 
     @property
     def residual_bytes(self) -> int:
@@ -70,6 +68,7 @@ class ModulePlan:
         modules: that are quantized, in the model's order.
         skipped: reason by the name of every Linear and Embedding that stays as it is.
         saved: every tensor of the W4A16 model's files.
+        buffers: names of those that are no parameters.
         budget: that decides which modules get a residual, if there is one.
         has_residual: whether the recipe writes one.
         alphas: `alpha` and `layer_alphas` of srd_config.
@@ -83,6 +82,7 @@ class ModulePlan:
     modules: tuple[PlannedModule, ...]
     skipped: Mapping[str, str]
     saved: Layout
+    buffers: frozenset[str]
     budget: Budget | None
     has_residual: bool
     alphas: tuple[float, Mapping[str, float]]
@@ -166,7 +166,8 @@ def plan_modules(model: nn.Module, recipe: "Recipe") -> ModulePlan:
     return ModulePlan(
         modules=modules,
         skipped=_skipped(model, quantizers),
-        saved=_saved(model),
+        saved=saved_layout(model),
+        buffers=frozenset(name for name, _ in model.named_buffers()),
         budget=budget,
         has_residual=first is not None,
         alphas=(1.0, {}) if first is None else (first.alpha, first.layer_alphas),
@@ -183,7 +184,7 @@ def packed_layout(module: Any) -> Layout:
     weights = module.quantization_scheme.weights
     out_features, in_features = module.weight.shape
     layout: Layout = {}
-    for suffix, tensor in _direct(module).items():
+    for suffix, tensor in direct_tensors(module).items():
         if suffix in ("weight", "bias"):
             continue
         if suffix == "weight_zero_point":
@@ -197,13 +198,12 @@ def packed_layout(module: Any) -> Layout:
     return layout
 
 
-def layout_bytes(layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
-    """Bytes of the data of some tensors."""
-    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
+def saved_layout(model: nn.Module) -> Layout:
+    """Every tensor that `save_pretrained` writes; one that is tied to another is written once.
 
-
-def _saved(model: nn.Module) -> Layout:
-    """Every tensor that `save_pretrained` writes; one that is tied to another is written once."""
+    Args:
+        model: with quantization parameters; on any device, the meta device too.
+    """
     saved: Layout = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
@@ -211,14 +211,14 @@ def _saved(model: nn.Module) -> Layout:
         packed = getattr(module, "quantization_scheme", None) is not None
         if packed:
             saved |= {prefix + suffix: place for suffix, place in packed_layout(module).items()}
-        for suffix, tensor in _direct(module).items():
+        for suffix, tensor in direct_tensors(module).items():
             if id(tensor) not in seen and (suffix == "bias" or not packed):
                 seen.add(id(tensor))
                 saved[prefix + suffix] = (tensor.dtype, tuple(tensor.shape))
     return saved
 
 
-def _direct(module: nn.Module) -> dict[str, torch.Tensor]:
+def direct_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """A module's own parameters and the buffers that are saved."""
     buffers = {
         name: buffer for name, buffer in module._buffers.items() if name not in module._non_persistent_buffers_set

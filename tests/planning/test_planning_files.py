@@ -8,8 +8,8 @@ import pytest
 import yaml
 from random_models import make_llama, make_mixture, save_model
 
+from srd_modifier.checkpoint import base_writer
 from srd_modifier.checkpoint.sizes import measure
-from srd_modifier.planning import files as planning_files
 from srd_modifier.planning.plan import Plan, plan
 from srd_modifier.quantizing import quantize
 
@@ -145,7 +145,7 @@ def test_an_output_of_several_files(
     from transformers import PreTrainedModel
 
     save = PreTrainedModel.save_pretrained
-    monkeypatch.setattr(planning_files, "_MAX_BASE_SHARD", "200KB")
+    monkeypatch.setattr(base_writer, "MAX_FILE", "200KB")
     model = save_model(make_llama(), tmp_path / "model")
     monkeypatch.setattr(
         PreTrainedModel,
