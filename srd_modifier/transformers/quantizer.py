@@ -15,12 +15,16 @@ from srd_modifier.checkpoint.config import CONFIG_KEY, given_settings, module_al
 from srd_modifier.checkpoint.sidecar import Sidecar
 from srd_modifier.transformers.correction import Correction, correction_of, is_corrected, remember
 from srd_modifier.transformers.source import checkpoint_directory
+from srd_modifier.transformers.stacks import check_readable, dense_experts, forget_decompression, stacking, stacks
 
 _SETTINGS = ("alpha", "layer_alphas", "chunks")
 
 
 class SRDQuantizer(CompressedTensorsHfQuantizer):
     """Transformers' compressed-tensors quantizer, which also adds the residual of a checkpoint that has one."""
+
+    # of the model that is being loaded; a list of names only, because Transformers copies its quantizers
+    _stacks: tuple[str, ...] = ()
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         super()._process_model_before_weight_loading(model, **kwargs)
@@ -32,12 +36,25 @@ class SRDQuantizer(CompressedTensorsHfQuantizer):
         overrides = given_settings(directory, given, _SETTINGS)
         chunks = overrides.pop("chunks", None)
         sidecar = Sidecar.open(directory)
+        check_readable(model, sidecar.base)
         correction = Correction(
             sidecar, dial=module_alphas(sidecar.config, sidecar.base.layers, **overrides), hydrated=set()
         )
         correction.hydrated = correction.in_chunks(chunks)
         # with the model and not here: Transformers copies its quantizers, and mapped files cannot be copied
         remember(model, correction)
+        self._stacks = stacks(model)
+
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """How the checkpoint's tensors become the model's: experts are read packed, and dense where they are not.
+
+        Upstream reads all experts of a quantized model as packed, and stacks those of some architectures only.
+        """
+        if not self._stacks:
+            return list(super().update_weight_conversions(weight_conversions))
+        given = [*weight_conversions, *stacking(self._stacks, weight_conversions)]
+        # those of packed tensors stand first: the pattern of a dense weight matches their names too
+        return [*super().update_weight_conversions(given), *dense_experts(given)]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if not is_corrected(model):
@@ -53,26 +70,5 @@ class SRDQuantizer(CompressedTensorsHfQuantizer):
         self.compressor.remove_decompression_hook(model)
         if plain and hasattr(model.config, "quantization_config"):
             self.remove_quantization_config(model)
-            _forget_decompression(model)
+            forget_decompression(model)
         delattr(model.config, CONFIG_KEY)
-
-
-def _forget_decompression(model: nn.Module) -> None:
-    """Let saving undo the stacking of experts only: it reverses what loading did, and cannot reverse unpacking."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
-    plain = {
-        tuple(conversion.target_patterns): conversion
-        for conversion in get_model_conversion_mapping(model)
-        if isinstance(conversion, WeightConverter)
-    }
-    loaded: Any = getattr(model, "_weight_conversions", None) or []
-    conversions = [
-        plain.get(tuple(conversion.target_patterns), conversion)
-        if isinstance(conversion, WeightConverter)
-        else conversion
-        for conversion in loaded
-    ]
-    if conversions:
-        vars(model)["_weight_conversions"] = conversions

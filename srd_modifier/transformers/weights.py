@@ -29,10 +29,20 @@ def find_stack(model: nn.Module, name: str) -> tuple[nn.Module, str] | None:
 
 
 def store_weight(model: nn.Module, name: str, value: Tensor) -> None:
-    """Copy `value` into the weight that `find_weight` finds, wherever its module keeps it (errors are the same)."""
+    """Copy `value` into the weight that `find_weight` finds, wherever its module keeps it.
+
+    Raises:
+        CheckpointError: the model has no such module, or one of another shape.
+    """
     module, parameter, part = _locate(model, name)
     whole = getattr(module, parameter)
-    part(whole).copy_(value)
+    place = part(whole)
+    if place.shape != value.shape:
+        raise CheckpointError(
+            f"{name} is {list(value.shape)} in the checkpoint and {list(place.shape)} in {type(model).__name__}, which "
+            "keeps it in a way that this version does not know"
+        )
+    place.copy_(value)
     if isinstance(module._parameters, OffloadCache):
         update_offload_parameter(module, parameter, whole)  # what was written to may be a copy
 
@@ -77,6 +87,11 @@ def _locate_expert(model: nn.Module, name: str) -> tuple[nn.Module, str, Callabl
     parameter = getattr(container, stacked, None)
     if container is None or not isinstance(parameter, Tensor):
         return None
+    if getattr(container, "is_transposed", False) or not getattr(container, "is_concatenated", True):
+        raise CheckpointError(
+            f"{name} is one of the experts that {type(model).__name__} stacks transposed or with gate and up "
+            "interleaved, which this version does not correct; load plain W4 without srd_modifier"
+        )
     half = parameter.shape[1] // 2
     rows = {"gate_proj": slice(half), "up_proj": slice(half, None)}.get(projection, slice(None))
     return container, stacked, lambda whole: whole[expert][rows]

@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 import torch
 from pack_quantized import all_w4
-from random_models import make_llama, make_mixture, save_model
+from random_models import (
+    make_gemma4_e2b,
+    make_gemma4_mixture,
+    make_gemma4_with_images,
+    make_llama,
+    make_mixture,
+    make_routed_mixture,
+    save_model,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -168,6 +176,49 @@ def mixture_checkpoint(quantize, group_scheme, tmp_path_factory) -> Path:
     model = save_model(make_mixture(num_experts=4), tmp_path_factory.mktemp("mixture") / "original")
     ignore = ["lm_head", "re:.*mlp.gate$"]
     recipe = SRDModifier(config_groups=group_scheme(32), ignore=ignore, residual_group_size=GROUP)
+    return quantize(recipe, model.with_name("model"), model=model)
+
+
+@pytest.fixture(scope="session")
+def routed_checkpoint(quantize, group_scheme, tmp_path_factory) -> Path:
+    """A Qwen3 mixture of experts whose weights are large enough for W4 to change what it says."""
+    from srd_modifier import SRDModifier
+
+    model = save_model(make_routed_mixture(), tmp_path_factory.mktemp("routed") / "original")
+    ignore = ["lm_head", "re:.*mlp.gate$"]
+    recipe = SRDModifier(config_groups=group_scheme(32), ignore=ignore, residual_group_size=GROUP)
+    return quantize(recipe, model.with_name("model"), model=model)
+
+
+@pytest.fixture(scope="session")
+def gemma4_checkpoint(quantize, group_scheme, tmp_path_factory) -> Path:
+    """A Gemma 4 mixture of experts, whose stacks Transformers knows and whose single experts it does not."""
+    from srd_modifier import SRDModifier
+
+    model = save_model(make_gemma4_mixture(), tmp_path_factory.mktemp("gemma4") / "original")
+    ignore = ["lm_head", "re:.*router"]
+    recipe = SRDModifier(config_groups=group_scheme(32), ignore=ignore, residual_group_size=GROUP)
+    return quantize(recipe, model.with_name("model"), model=model)
+
+
+@pytest.fixture(scope="session")
+def gemma4_images_checkpoint(quantize, group_scheme, tmp_path_factory) -> Path:
+    """The text part of a Gemma 4 that also takes images."""
+    from srd_modifier import SRDModifier
+
+    model = save_model(make_gemma4_with_images(), tmp_path_factory.mktemp("images") / "original")
+    ignore = ["lm_head", "re:.*router", "re:.*vision"]
+    recipe = SRDModifier(config_groups=group_scheme(32), ignore=ignore, residual_group_size=GROUP)
+    return quantize(recipe, model.with_name("model"), model=model)
+
+
+@pytest.fixture(scope="session")
+def gemma4_e2b_checkpoint(quantize, group_scheme, tmp_path_factory) -> Path:
+    """A dense Gemma 4 in the layout of the E2B."""
+    from srd_modifier import SRDModifier
+
+    model = save_model(make_gemma4_e2b(), tmp_path_factory.mktemp("e2b") / "original")
+    recipe = SRDModifier(config_groups=group_scheme(32), ignore=["lm_head"], residual_group_size=GROUP)
     return quantize(recipe, model.with_name("model"), model=model)
 
 

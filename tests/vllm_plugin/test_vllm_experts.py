@@ -5,12 +5,17 @@ all settings, fifteen engines; `-rP` prints all figures.
 """
 
 import os
+import shutil
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
 import pytest
-from parity import VOCABULARY, Case, Reference, by_cover, sampled_prompts, write_peaked
+from parity import VOCABULARY, Case, Reference, assert_parity, by_cover, sampled_prompts, write_peaked
+from rtn import write_checkpoint
+from safetensors.torch import load_file, save_file
+
+from srd_modifier.residual import ResidualFormat
 
 pytestmark = pytest.mark.slow
 
@@ -76,3 +81,82 @@ def test_the_settings_make_a_difference_that_the_tolerance_does_not_hide(checkpo
 def test_parity(case, run_engine, checkpoint, prompts):
     engine = case.check(run_engine, checkpoint(case.group_size, case.cover), prompts)
     assert "srd-modifier: merge" in engine.log
+
+
+# --- Gemma 4
+
+
+GEMMA4 = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,  # tied to random embeddings, it would repeat the last token
+}
+EXPERTS = {
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 64,
+    "hidden_size_per_layer_input": 0,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+}
+E2B = {
+    "hidden_size_per_layer_input": 64,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+}
+
+
+def take_apart(model: Path, directory: Path) -> Path:
+    """A copy of a model with a tensor for each expert, as llm-compressor saves them."""
+    shutil.copytree(model, directory)
+    tensors = {}
+    for name, tensor in load_file(model / "model.safetensors").items():
+        stem, _, stack = name.rpartition(".")
+        if stack not in ("gate_up_proj", "down_proj"):
+            tensors[name] = tensor
+            continue
+        for number, weight in enumerate(tensor):
+            parts = dict(zip(("gate_proj", "up_proj"), weight.chunk(2), strict=True))
+            for part, values in (parts if stack == "gate_up_proj" else {stack: weight}).items():
+                tensors[f"{stem}.{number}.{part}.weight"] = values.clone()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize(("layout", "modules"), [(EXPERTS, 14 + 12 + 48), (E2B, 24 + 8 + 1)], ids=["experts", "E2B"])
+def test_gemma4(layout, modules, run_engine, tmp_path):
+    from transformers import Gemma4TextConfig
+
+    model = write_peaked(Gemma4TextConfig(**GEMMA4, **layout), tmp_path / "model")
+    quantized = r"(_proj|per_layer_(input_gate|projection|model_projection))$"
+    directory = write_checkpoint(
+        take_apart(model, tmp_path / "apart"),
+        tmp_path / "srd",
+        quantized=quantized,
+        ignore=("lm_head", "re:.*router"),
+        # as a budget may choose: one expert otherwise than the others, one not at all
+        formats={"model.layers.1.experts.2.up_proj": ResidualFormat(bits=4, group_size=32, density=0.5)},
+        corrected=lambda module: ".experts.3." not in module,
+    )
+    prompts = sampled_prompts(model)
+    engine = run_engine(directory, prompts, tokens=24, steps=[HALF, ZERO], dtype="float32")
+    assert engine.status == 0, engine.log[-8000:]
+    assert f", {modules} modules of the checkpoint" in engine.log
+    for settings, answer in zip(({}, HALF, ZERO), engine.answers, strict=True):
+        assert_parity(f"gemma4: {settings}", directory, prompts, answer, "float32", settings)
+    first, _, last = (answer.logprobs for answer in engine.answers)
+    assert float((first - last).abs().mean()) > 0.02
