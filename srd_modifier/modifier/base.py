@@ -14,16 +14,18 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 
 from srd_modifier.checkpoint.config import check_alphas
+from srd_modifier.distributed import Ranks
 from srd_modifier.errors import ConfigError, RecipeError
 from srd_modifier.modifier.candidates import DEFAULT_CANDIDATES
 from srd_modifier.modifier.capture import CorrectedModule, ResidualCapture
-from srd_modifier.modifier.companion import CompanionFile
+from srd_modifier.modifier.companion import CompanionFile, every_batch
 from srd_modifier.modifier.events import observe
 from srd_modifier.modifier.plan import (
     QuantizedModule,
     check_budget,
     check_feedback_base,
     check_no_rival,
+    check_parts,
     check_scale,
     check_weights,
     corrected_modules,
@@ -245,13 +247,16 @@ class SRDModifier(QuantizationModifier):
         if companion is not None:
             if state.data.calib is None:
                 raise RecipeError("gguf is calibrated on the recipe's data; give oneshot a dataset, or leave it out")
-            self._write_companion = partial(companion.write, companion.check(state.model), state.data.calib)
+            original_model = companion.check(state.model)
         if any(_overwrites_weights(quantizer) for quantizer in quantizers):
             check_weights(quantized[name] for name in chosen)
         if self.quantizes_itself:
             super().on_initialize(state, **kwargs)
 
-        self._capture = self._shared_capture(state.model, recipe)
+        self._capture = self._shared_capture(state, recipe)
+        if companion is not None:
+            batches = every_batch(state.data.calib, self._capture.ranks)
+            self._write_companion = partial(companion.write, original_model, batches)
         self._capture.inputs.second_moments |= self.needs_inputs
         if self.needs_inputs:
             # round-to-nearest would get no data; all SRDModifiers share one sidecar, whose residuals then need inputs
@@ -293,7 +298,7 @@ class SRDModifier(QuantizationModifier):
         srd_modifiers = [m for m in active_session().lifecycle.recipe.modifiers if isinstance(m, SRDModifier)]
         if self is srd_modifiers[-1] and self._capture is not None:
             companions = [m._write_companion for m in srd_modifiers if m._write_companion is not None]
-            install_save(state.model, self._capture, companions)
+            install_save(state.model, self._capture, companions, self._capture.ranks)
         return True
 
     def close(self) -> None:
@@ -337,17 +342,21 @@ class SRDModifier(QuantizationModifier):
         assert self._capture is not None
         self._quantizing = True
         self._capture.settle_weights()
+        own = self._own(quantizer, modules)
+        self._capture.gather_inputs(own)
         overwritten = _overwrites_weights(quantizer)
         if overwritten or self._capture.by_inputs:
-            self._capture.keep_originals(self._own(quantizer, modules), overwritten=overwritten)
+            self._capture.keep_originals(own, overwritten=overwritten)
 
     def after_quantizing(self, quantizer: Modifier, modules: Sequence[nn.Module]) -> None:
         """Encode what the quantizer lost in that layer."""
         assert self._capture is not None
         self._quantizing = False
         own = self._own(quantizer, modules)
-        for module in own:
-            check_scale(self._quantized[module].name, module)
+        self._capture.ranks.agree()  # what other processes have quantized is in its place
+        with self._capture.ranks.together():
+            for module in own:
+                check_scale(self._quantized[module].name, module)
         balance = self.balance if quantizer is self and self.base_rounding == "feedback" else None
         self._capture.after_quantizing(own, type(quantizer).__name__, balance=balance)
 
@@ -370,6 +379,7 @@ class SRDModifier(QuantizationModifier):
 
     def _measure_sensitivity(self, modules: dict[str, nn.Linear]) -> OutputSensitivity:
         assert self._model is not None
+        assert self._capture is not None
         with DisableQuantization(self._model):
             output = output_sensitivity(
                 self._model,
@@ -378,6 +388,7 @@ class SRDModifier(QuantizationModifier):
                 tokens=self.sensitivity_tokens,
                 seed=self.seed,
                 method=self.sensitivity_method,
+                ranks=self._capture.ranks,
             )
         logger.info(
             f"SRD measured the sensitivity of {len(modules)} modules on {output.tokens:,} tokens: {output.method}"
@@ -392,10 +403,14 @@ class SRDModifier(QuantizationModifier):
     def _may_correct(self) -> list[str]:
         return sorted(self.resolved_targets) if self.quantizes_itself else list(self.targets)
 
-    def _shared_capture(self, model: nn.Module, recipe: Sequence[Modifier]) -> ResidualCapture:
+    def _shared_capture(self, state: State, recipe: Sequence[Modifier]) -> ResidualCapture:
         """The first SRDModifier's capture: all of a recipe share a sidecar."""
         first = next(modifier for modifier in recipe if isinstance(modifier, SRDModifier))
-        return first._capture or ResidualCapture(model)
+        if first._capture is not None:
+            return first._capture
+        ranks = Ranks.current()
+        check_parts(state.data.calib, ranks)
+        return ResidualCapture(state.model, ranks)
 
 
 def _overwrites_weights(quantizer: Modifier) -> bool:

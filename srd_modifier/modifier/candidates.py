@@ -1,6 +1,6 @@
-"""A residual in several formats each, waiting on the disk until the budget has chosen one per module."""
+"""Residuals that wait on the disk: until the budget has chosen one of several per module, or until they are sent."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +30,8 @@ class StoredCandidate:
     sensitivity: ModuleSensitivity
 
 
-class CandidateStore:
-    """The candidates of every module, in a file per module.
+class ResidualSpool:
+    """Encoded residuals, one or more of each module, in a file per module.
 
     Args:
         directory: an existing one, for nothing else.
@@ -40,6 +40,42 @@ class CandidateStore:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._numbers: dict[str, int] = {}
+
+    def put(self, module: str, encoded: Sequence[EncodedResidual]) -> None:
+        """Store the residuals of a module.
+
+        Raises:
+            CheckpointError: the disk is full.
+        """
+        self._numbers[module] = len(self._numbers)
+        tensors = {
+            f"{i}.{suffix}": tensor.cpu().contiguous()
+            for i, one in enumerate(encoded)
+            for suffix, tensor in one.tensors().items()
+        }
+        try:
+            save_file(tensors, self._path(module))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot write the residual of {module} to {self._directory}: {error}") from error
+
+    def get(self, module: str, number: int, suffixes: Iterable[str]) -> EncodedResidual:
+        """One residual of a module, whose tensors have these suffixes."""
+        with safe_open(self._path(module), framework="pt") as file:
+            return EncodedResidual(*(file.get_tensor(f"{number}.{suffix}") for suffix in suffixes))
+
+    def _path(self, module: str) -> Path:
+        return self._directory / f"{self._numbers[module]:05d}.safetensors"
+
+
+class CandidateStore(ResidualSpool):
+    """The candidates of every module, and what each of them leaves of the damage.
+
+    Args:
+        directory: an existing one, for nothing else.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
         self.candidates: dict[str, list[StoredCandidate]] = {}
         self.shapes: dict[str, tuple[int, int]] = {}
 
@@ -55,28 +91,14 @@ class CandidateStore:
         Raises:
             CheckpointError: the disk is full.
         """
-        self._numbers[module] = len(self._numbers)
         self.candidates[module] = list(candidates)
         self.shapes[module] = shape
-        tensors = {
-            f"{i}.{suffix}": tensor.cpu().contiguous()
-            for i, one in enumerate(encoded)
-            for suffix, tensor in one.tensors().items()
-        }
-        try:
-            save_file(tensors, self._path(module))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot write the residual of {module} to {self._directory}: {error}") from error
+        self.put(module, encoded)
 
     def read(self, module: str, number: int) -> EncodedResidual:
         """One candidate of a module."""
-        with safe_open(self._path(module), framework="pt") as file:
-            names = self.entry(module, number).layout()
-            return EncodedResidual(*(file.get_tensor(f"{number}.{suffix}") for suffix in names))
+        return self.get(module, number, self.entry(module, number).layout())
 
     def entry(self, module: str, number: int) -> ResidualEntry:
         """Shape and format of one candidate."""
         return ResidualEntry(*self.shapes[module], self.candidates[module][number].format)
-
-    def _path(self, module: str) -> Path:
-        return self._directory / f"{self._numbers[module]:05d}.safetensors"

@@ -5,10 +5,15 @@ A quantizer that overwrites the weights (GPTQ, AutoRound) has its residual compu
 one that only sets scales (round-to-nearest) leaves the originals in place, and its residual waits until the weights
 are packed for saving, unless it depends on the layer's inputs (feedback, sensitivity, a budget), which are summed only
 while the layer is calibrated. Either way W4 is what a loader will read back from the file, never `module.weight`.
+
+Where several processes calibrate together (`distributed`), each quantizes and encodes some of a layer's modules, those
+that share a second moment in the same process. Its residuals wait on its own disk until the first process, which alone
+writes the sidecar, asks for them.
 """
 
 import hashlib
 import mmap
+import shutil
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +24,8 @@ from pathlib import Path
 import torch
 from compressed_tensors.compressors.base import BaseCompressor, compress_module
 from compressed_tensors.compressors.format import infer_module_format
-from compressed_tensors.offload import update_offload_parameter
+from compressed_tensors.distributed import replace_module_parallel
+from compressed_tensors.offload import get_execution_device, update_offload_parameter
 from compressed_tensors.quantization import QuantizationStatus
 from compressed_tensors.utils import get_direct_state_dict
 from torch import Tensor, nn
@@ -27,19 +33,21 @@ from torch import Tensor, nn
 from srd_modifier.checkpoint.sensitivity import ModuleSensitivity, Sensitivity
 from srd_modifier.checkpoint.w4 import dequantize_w4, unpack_zero_points
 from srd_modifier.checkpoint.writer import ResidualEntry, SidecarWriter, tensor_bytes
+from srd_modifier.distributed import Ranks
 from srd_modifier.errors import CheckpointError, RecipeError
 from srd_modifier.modifier.allocation import allocate
 from srd_modifier.modifier.calibrated import encode_all, predict, quantize_module
-from srd_modifier.modifier.candidates import CandidateStore, StoredCandidate
+from srd_modifier.modifier.candidates import CandidateStore, ResidualSpool, StoredCandidate
 from srd_modifier.modifier.inputs import CalibrationInputs
-from srd_modifier.residual import EncodedResidual, ResidualFormat, concatenate_rows, encode
+from srd_modifier.modifier.rounded import encode_rounded
+from srd_modifier.residual import EncodedResidual, ResidualFormat
 from srd_modifier.residual.hessian import Hessian
 from srd_modifier.selection.budget import Budget
 from srd_modifier.selection.patterns import pattern_value
 from srd_modifier.selection.sensitivity import OutputSensitivity
 
 _BASE_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point")
-_BLOCK_ENTRIES = 2**21
+_BASE_PARAMETERS = ("weight", "weight_scale", "weight_zero_point")
 _MAX_WAITING = 2
 
 
@@ -67,10 +75,12 @@ class ResidualCapture:
 
     Args:
         model: the model being quantized.
+        ranks: the processes that quantize it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, ranks: Ranks | None = None) -> None:
         self.model = model
+        self.ranks = ranks or Ranks()
         self.modules: dict[nn.Module, CorrectedModule] = {}
         self._format: ResidualFormat | None = None
         self.alpha = 1.0
@@ -86,12 +96,17 @@ class ResidualCapture:
         self._output: OutputSensitivity | None = None
         self._damages: dict[str, ModuleSensitivity] = {}
         self._candidates: CandidateStore | None = None
+        self._assigned: dict[nn.Module, int] = {}
+        self._unsettled: dict[nn.Module, int] = {}
         self._encoded: set[str] = set()
+        self._holders: dict[str, int] = {}
+        self._spool: ResidualSpool | None = None
         self._writer: SidecarWriter | None = None
         self._finished = False
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="srd-residual")
         self._storing: deque[Future[None]] = deque()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folders: list[str] = []
 
     def add(
         self, modules: Iterable[CorrectedModule], fmt: ResidualFormat, alpha: float, layer_alphas: dict[str, float]
@@ -171,13 +186,22 @@ class ResidualCapture:
         """
         if self._folder is not None:
             return
+        with self.ranks.together():
+            self._make_folder(parent)
+        assert self._folder is not None
+        self._folders = self.ranks.gather(self._folder.name)
+
+    def _make_folder(self, parent: Path | None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix=".srd-residual-", dir=parent, ignore_cleanup_errors=True)
-        if self.budget is None:
-            self._begin_sidecar()
-        else:
-            waiting = Path(self._folder.name) / "candidates"
+        waiting = Path(self._folder.name) / "candidates"
+        if self.budget is not None:
             waiting.mkdir()
             self._candidates = CandidateStore(waiting)
+        elif self.ranks.first:
+            self._begin_sidecar()
+        else:
+            waiting.mkdir()
+            self._spool = ResidualSpool(waiting)
 
     def _begin_sidecar(self) -> None:
         assert self._folder is not None
@@ -188,18 +212,56 @@ class ResidualCapture:
 
     # what the quantizers' events call
 
+    def gather_inputs(self, modules: Iterable[nn.Linear]) -> None:
+        """Add up what the processes saw of modules that are about to be quantized, and divide the work on them."""
+        names = {self.names[module]: module for module in modules}
+        if self.ranks.size == 1 or not names:
+            return
+        groups = self.inputs.shared(names, self.ranks)
+        owners = self.ranks.divide({name: self._cost([names[one] for one in group]) for name, group in groups.items()})
+        self._assigned = {names[one]: owners[name] for name, group in groups.items() for one in group}
+        device = torch.device(get_execution_device(next(iter(names.values()))))
+        self.inputs.gather(groups, self.ranks, owner=owners.__getitem__, device=device)
+
+    def _cost(self, modules: Sequence[nn.Linear]) -> float:
+        """What quantizing and encoding modules costs that share an input; only proportions matter."""
+        weights = sum(module.out_features * module.in_features for module in modules)
+        in_features = modules[0].in_features
+        # error feedback passes every column's error to the others, after factoring their second moment
+        return float(in_features * (weights + in_features**2) if self.by_inputs else weights)
+
     def keep_originals(self, modules: Iterable[nn.Module], *, overwritten: bool) -> None:
         """Keep the weights that are about to be quantized; copies, if the quantizer will overwrite them."""
-        for module in modules:
-            if isinstance(module, nn.Linear) and (module in self.modules or self._measure is not None):
-                weight = module.weight.detach()
-                self._originals[module] = _copy(weight) if overwritten else weight
+        with self.ranks.together():
+            for module in modules:
+                if not isinstance(module, nn.Linear) or not self._is_mine(module):
+                    continue
+                if module in self.modules or self._measure is not None:
+                    weight = module.weight.detach()
+                    self._originals[module] = _copy(weight) if overwritten else weight
+
+    def _is_mine(self, module: nn.Module) -> bool:
+        return self._assigned.get(module, 0) == self.ranks.rank
 
     def settle_weights(self) -> None:
         """Put the quantized weights in place of those that the layers after them were calibrated with."""
+        if not self._unsettled:
+            return
+        self.ranks.agree()  # the others, too, have calibrated with the old ones, which may be in shared memory
         for module, weight in self._quantized.items():
             update_offload_parameter(module, "weight", weight)
         self._quantized.clear()
+        self.ranks.agree()
+        self._spread(self._unsettled)
+        self._unsettled = {}
+
+    def _spread(self, owners: dict[nn.Module, int]) -> None:
+        """Let every process have the base of modules that one of them quantized."""
+        for module, owner in owners.items():
+            for name in _BASE_PARAMETERS:
+                parameter = getattr(module, name, None)
+                if parameter is not None:
+                    self.ranks.spread(parameter.data, owner=owner)
 
     @torch.no_grad()
     def after_quantizing(self, modules: Iterable[nn.Linear], quantizer: str, *, balance: float | None = None) -> None:
@@ -214,17 +276,22 @@ class ResidualCapture:
             RecipeError: a module saw no calibration data and needs it, or nothing at all was lost in any: their weights
                 were quantized before.
         """
-        corrected, nothing_lost = [], []
-        for module in modules:
-            if balance is not None:
-                self._quantize_base(module, balance)
-            if module in self._originals:
-                lost = self._encode_quantized(module)
-                if module in self.modules:
-                    corrected.append(module)
-                    nothing_lost.append(lost)
-            self.inputs.release(self.names[module])
-        self._refuse_if_nothing(corrected, nothing_lost, quantizer)
+        modules = list(modules)
+        lost: dict[str, bool] = {}
+        with self.ranks.together():
+            for module in modules:
+                if self._is_mine(module):
+                    if balance is not None:
+                        self._quantize_base(module, balance)
+                    if module in self._originals:
+                        something = self._encode_quantized(module)
+                        if module in self.modules:
+                            lost[self.names[module]] = something
+                self.inputs.release(self.names[module])
+        if balance is not None:
+            self._unsettled |= {module: self._assigned.get(module, 0) for module in modules}
+            self._spread(self._unsettled)
+        self._refuse_if_nothing_lost(self.ranks.merge(lost), quantizer)
 
     def _quantize_base(self, module: nn.Linear, balance: float) -> None:
         """Quantize a weight with error feedback.
@@ -241,7 +308,7 @@ class ResidualCapture:
         update_offload_parameter(module, "weight", quantized.lerp(original.float(), balance).to(original.dtype))
 
     def _encode_quantized(self, module: nn.Linear) -> bool:
-        """Encode what was lost in a module whose original was kept; True if that is nothing."""
+        """Encode what was lost in a module whose original was kept; False if that is nothing."""
         scheme = module.quantization_scheme
         state = {name: tensor for name, tensor in get_direct_state_dict(module).items() if tensor is not None}
         state["weight"] = self._quantized.get(module, state["weight"])
@@ -256,34 +323,71 @@ class ResidualCapture:
     def compress_remaining(self, parent: Path) -> None:
         """Pack the modules whose weights are still original, and encode what the packing loses."""
         self.reserve(parent)
-        self._finish_storing()
+        if self._finished:
+            return
+        with self.ranks.together():
+            self._finish_storing()
+        self._gather_results()
         if self.by_inputs:
             self._refuse_if_not_calibrated()
             if self.budget is not None:
                 return  # what is written depends on the saved model's bytes: `settle`
-        assert self._writer is not None
-        missing = set(self._writer.missing)
-        done, nothing_lost = [], []
-        for module, corrected in self.modules.items():
-            if corrected.name not in missing:
-                continue
+        remaining = [module for module, corrected in self.modules.items() if corrected.name not in self._holders]
+        for module in remaining:
             if (
                 not hasattr(module, "quantization_scheme")
                 or module.quantization_status == QuantizationStatus.COMPRESSED
             ):
-                raise RecipeError(f"{corrected.name} was not calibrated by the recipe; its residual cannot be computed")
-            original = corrected.module.weight.detach()
-            compress_module(module)
-            packed = get_direct_state_dict(module)
-            if "weight_packed" not in packed:
-                raise CheckpointError(f"{corrected.name} was saved uncompressed before and is not packed any more")
-            done.append(module)
-            nothing_lost.append(self._encode(module, original, packed))
-        self._refuse_if_nothing(done, nothing_lost, "round-to-nearest")
+                name = self.modules[module].name
+                raise RecipeError(f"{name} was not calibrated by the recipe; its residual cannot be computed")
+        self._pack(remaining)
+        self._write({corrected.name: 0 for corrected in self.modules.values()})
         self._finish()
 
+    def _pack(self, modules: list[nn.Module]) -> None:
+        """Pack modules in their place, divided among the processes, and encode what that loses."""
+        lost: dict[str, bool] = {}
+        errors: list[Exception] = []
+
+        def pack(module: nn.Module) -> None:
+            original = getattr(module, "weight").detach()  # noqa: B009 - nn.Module types it as a Tensor
+            compress_module(module)
+            if original.is_meta or errors:
+                return  # another process's; or this run has failed, but the others wait for what they all share
+            try:
+                name, packed = self.modules[module].name, get_direct_state_dict(module)
+                if "weight_packed" not in packed:
+                    raise CheckpointError(f"{name} was saved uncompressed before and is not packed any more")
+                lost[name] = self._encode(module, original, packed)
+                if self.ranks.size > 1:
+                    self._finish_storing()  # before the packed weights move to memory that is shared
+            except Exception as error:
+                if self.ranks.size == 1:
+                    raise
+                errors.append(error)
+
+        if self.ranks.size == 1:
+            for module in modules:
+                pack(module)
+            self._finish_storing()
+        else:
+            replace_module_parallel(list(modules), pack)
+        self.ranks.agree(errors[0] if errors else None)
+        self._refuse_if_nothing_lost(self.ranks.merge(lost), "round-to-nearest")
+        self._gather_results()
+
+    def _gather_results(self) -> None:
+        """Tell every process what the others have encoded."""
+        here = dict.fromkeys(self._encoded, self.ranks.rank)
+        self._holders = self.ranks.merge(here)
+        self.base_digests = self.ranks.merge(self.base_digests)
+        self._damages = self.ranks.merge(self._damages)
+        if self._candidates is not None:
+            self._candidates.candidates = self.ranks.merge(self._candidates.candidates)
+            self._candidates.shapes = self.ranks.merge(self._candidates.shapes)
+
     def settle(self, directory: Path) -> None:
-        """Spend the budget, if there is one, on the model that was saved to `directory`.
+        """Spend the budget, if there is one, on the model that the first process saved to `directory`.
 
         Raises:
             ConfigError: the budget is too small for the W4 model, or the divergence out of reach.
@@ -291,7 +395,13 @@ class ResidualCapture:
         store = self._candidates
         if store is None or self.budget is None or self._finished:
             return
-        chosen = allocate(self.budget, store, self._damages, directory)
+        # in the model's order, whoever encoded them and when
+        store.candidates = {c.name: store.candidates[c.name] for c in self.modules.values()}
+        chosen: dict[str, int] = {}
+        with self.ranks.together():
+            if self.ranks.first:
+                chosen = allocate(self.budget, store, self._damages, directory)
+        chosen = self.ranks.from_first(chosen)
         self.modules = {
             module: replace(corrected, format=store.candidates[corrected.name][chosen[corrected.name]].format)
             for module, corrected in self.modules.items()
@@ -301,24 +411,57 @@ class ResidualCapture:
         if formats:
             self._format = formats.most_common(1)[0][0]
         self._damages |= {name: store.candidates[name][number].sensitivity for name, number in chosen.items()}
-        self._begin_sidecar()
-        assert self._writer is not None
-        for name, number in chosen.items():
-            self._writer.write(name, store.read(name, number))
+        with self.ranks.together():
+            if self.ranks.first:
+                self._begin_sidecar()
+        self._write({corrected.name: chosen[corrected.name] for corrected in self.modules.values()})
         self._finish()
 
+    def _write(self, numbers: dict[str, int]) -> None:
+        """Let the first process write the residuals that wait on a disk, of each module the one with this number."""
+        waiting = self._candidates or self._spool
+        formats = {corrected.name: corrected for corrected in self.modules.values()}
+        error: Exception | None = None
+        for name, number in numbers.items():
+            holder = self._holders[name]
+            if not self.ranks.first and holder != self.ranks.rank:
+                continue
+            if holder == 0 and self._candidates is None:
+                continue  # written already
+            corrected = formats[name]
+            entry = ResidualEntry(corrected.module.out_features, corrected.module.in_features, corrected.format)
+            layout = entry.layout()
+            try:
+                encoded = None if holder != self.ranks.rank or waiting is None else waiting.get(name, number, layout)
+            except Exception as own:
+                error = error or own
+                encoded = EncodedResidual(*(torch.empty(shape, dtype=dtype) for dtype, shape in layout.values()))
+            if not self.ranks.first:
+                assert encoded is not None
+                self.ranks.send(list(encoded.tensors().values()))
+                continue
+            if encoded is None:
+                encoded = EncodedResidual(*self.ranks.receive(holder, list(layout.values())))
+            try:
+                # after an error the others are listened to all the same: they wait to be
+                if error is None and self._writer is not None:
+                    self._writer.write(name, encoded)
+            except Exception as own:
+                error = own
+        self.ranks.agree(error)
+
     def _finish(self) -> None:
-        self._finish_storing()
-        if not self._finished:
-            assert self._writer is not None
-            self._writer.finish(self.format)
-            self._finished = True
+        with self.ranks.together():
+            if self._writer is not None and not self._finished:
+                self._writer.finish(self.format)
+        self._finished = True
 
     def sensitivity(self) -> Sensitivity | None:
         """The predicted damage of every quantized module, if it was asked for."""
         if self._output is None:
             return None
-        return Sensitivity(method=self._output.method, tokens=self._output.tokens, modules=dict(self._damages))
+        damages = {name: self._damages[name] for name in self.names.values() if name in self._damages}
+        return Sensitivity(method=self._output.method, tokens=self._output.tokens, modules=damages)
 
     def importance(self) -> dict[str, Tensor]:
         """Mean squared input of every quantized module that saw calibration data: float32 `[in_features]`."""
@@ -334,17 +477,20 @@ class ResidualCapture:
         self._background.shutdown(cancel_futures=True)
         if self._folder is not None:
             self._folder.cleanup()
+        # a process that was killed left its own behind, on this machine or another
+        for folder in self._folders if self.ranks.broken else ():
+            shutil.rmtree(folder, ignore_errors=True)
 
-    def _refuse_if_nothing(self, done: Sequence[nn.Module], nothing_lost: list[bool], quantizer: str) -> None:
-        if done and all(nothing_lost):
+    def _refuse_if_nothing_lost(self, lost: dict[str, bool], quantizer: str) -> None:
+        if lost and not any(lost.values()):
             raise RecipeError(
-                f"{self.modules[done[0]].name}: {quantizer} lost nothing, its weights were on the 4-bit grid before; "
+                f"{next(iter(lost))}: {quantizer} lost nothing, its weights were on the 4-bit grid before; "
                 "start from the original model, with SRDModifier before the quantizer"
             )
 
     def _refuse_if_not_calibrated(self) -> None:
         needed = self.modules if self._output is None else self.names
-        missing = next((self.names[module] for module in needed if self.names[module] not in self._encoded), None)
+        missing = next((self.names[module] for module in needed if self.names[module] not in self._holders), None)
         if missing is not None:
             raise RecipeError(f"{missing} was not calibrated by the recipe; its residual cannot be computed")
 
@@ -390,34 +536,19 @@ class ResidualCapture:
         if sensitivities:
             settled = corrected is not None and not corrected.candidates
             self._damages[name] = sensitivities[1 if settled else 0]
-        return not bool(residual.any()) and bool(original.any())
+        return bool(residual.any()) or not bool(original.any())
 
     def _encode(self, module: nn.Module, original: Tensor, packed: dict[str, Tensor]) -> bool:
-        """Encode the residual of one module and store it; True if nothing was lost in a weight that is not zero."""
+        """Encode the residual of one module and store it; False if nothing was lost in a weight that is not zero."""
         corrected = self.modules[module]
         name, fmt = corrected.name, corrected.format
-        out_features, in_features = original.shape
-        # a block of rows at a time while it is in the cache, where the format allows it
-        block = max(1, _BLOCK_ENTRIES // in_features) if fmt.rows_are_independent else out_features
-        zero_points = unpack_zero_points(packed.get("weight_zero_point"), out_features)
-        importance = self.inputs.mean_square(name)
-        encoded = []
         try:
-            for start in range(0, out_features, block):
-                rows = slice(start, start + block)
-                base = dequantize_w4(
-                    packed["weight_packed"][rows],
-                    packed["weight_scale"][rows],
-                    None if zero_points is None else zero_points[rows],
-                    in_features,
-                )
-                residual = torch.sub(original[rows].float(), base, out=base)
-                encoded.append(encode(residual, fmt, key=name, importance=importance))
+            whole = encode_rounded(original, packed, fmt, key=name, importance=self.inputs.mean_square(name))
         except ValueError as error:
             raise RecipeError(f"{name}: {error}") from error
-        whole = encoded[0] if len(encoded) == 1 else concatenate_rows(encoded)
+        self._encoded.add(name)
         self._store_soon(name, whole, packed)
-        return not bool(whole.scale.any()) and bool(original.any())
+        return bool(whole.scale.any()) or not bool(original.any())
 
     def _store_soon(self, name: str, encoded: EncodedResidual, packed: dict[str, Tensor]) -> None:
         """Hash and write in the background; at most a few modules wait, so that memory stays bounded."""
@@ -426,8 +557,11 @@ class ResidualCapture:
             self._storing.popleft().result()
 
     def _store(self, name: str, encoded: EncodedResidual, packed: dict[str, Tensor]) -> None:
-        assert self._writer is not None
-        self._writer.write(name, encoded)
+        if self._writer is not None:
+            self._writer.write(name, encoded)
+        else:
+            assert self._spool is not None
+            self._spool.put(name, [encoded])
         self._remember_base(name, packed)
 
     def _remember_base(self, name: str, packed: dict[str, Tensor]) -> None:

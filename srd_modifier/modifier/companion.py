@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from loguru import logger
 from torch import Tensor
 
 from srd_modifier._extras import require
 from srd_modifier.checkpoint.locate import find_model
+from srd_modifier.distributed import Ranks, in_order
 from srd_modifier.errors import ConfigError, RecipeError, SRDError
 from srd_modifier.gguf.mixture import FileType
 from srd_modifier.selection.budget import Budget, parse_budget
@@ -102,6 +104,16 @@ class CompanionFile:
         logger.info(
             f"SRD wrote {summary.path.name}: {summary.bytes:,} bytes, predicted divergence {summary.predicted_kld:.3g}"
         )
+
+
+def every_batch(batches: Iterable[Mapping[str, Tensor]], ranks: Ranks) -> Iterable[Mapping[str, Tensor]]:
+    """The recipe's batches, or those of all processes among which they were divided, as far as a file needs them."""
+    if ranks.size == 1:
+        return batches
+    samples: list[list[int]] = []
+    with ranks.together():
+        samples = _samples(batches)
+    return [{"input_ids": torch.tensor([sample])} for sample in in_order(ranks.gather(samples), len)]
 
 
 def _samples(batches: Iterable[Mapping[str, Tensor]]) -> list[list[int]]:

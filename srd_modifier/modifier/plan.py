@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from compressed_tensors.quantization import (
@@ -16,6 +17,7 @@ from llmcompressor.modifiers.quantization import QuantizationMixin
 from loguru import logger
 from torch import nn
 
+from srd_modifier.distributed import Ranks
 from srd_modifier.errors import ConfigError, RecipeError
 from srd_modifier.selection.budget import Budget
 from srd_modifier.selection.choice import Choice, choose
@@ -64,7 +66,8 @@ def quantized_modules(model: nn.Module, quantizers: Iterable[Modifier]) -> dict[
     """Every Linear that the quantizers will quantize, by name, in the model's order.
 
     Raises:
-        RecipeError: a scheme is not 4-bit integer weight-only, or two quantizers take the same module.
+        RecipeError: a scheme is not 4-bit integer weight-only, two quantizers take the same module, or the architecture
+            would save one under another name.
     """
     found: dict[str, QuantizedModule] = {}
     skipped: list[str] = []
@@ -88,6 +91,7 @@ def quantized_modules(model: nn.Module, quantizers: Iterable[Modifier]) -> dict[
         logger.warning(
             f"SRD does not correct the embeddings or the output head, although they are quantized: {skipped}"
         )
+    _check_saved_names(model, found)
     order = {name: position for position, (name, _) in enumerate(model.named_modules())}
     return dict(sorted(found.items(), key=lambda item: order[item[0]]))
 
@@ -166,6 +170,28 @@ def check_feedback_base(quantized: Mapping[str, QuantizedModule]) -> None:
                 )
 
 
+def check_parts(loader: Any, ranks: Ranks) -> None:
+    """Raise RecipeError if the processes would all calibrate on the same part of a data set.
+
+    Where all processes have the same data set, llm-compressor 0.14.0.1 gives each a sampler over its part but a loader
+    over the whole: all of them read the first part, and nobody the others.
+
+    Args:
+        loader: of the recipe's data, or None.
+        ranks: the processes.
+    """
+    if ranks.size == 1 or loader is None:
+        return
+    whole: Any = getattr(loader, "dataset", None)
+    part: Any = getattr(getattr(loader, "sampler", None), "data_source", whole)
+    misread = part is not whole and len(part) < len(whole)
+    if any(ranks.gather(misread)):
+        raise RecipeError(
+            f"this llm-compressor lets all {ranks.size} processes calibrate on the first part of the data set; give "
+            "each its own: oneshot(dataset=srd_modifier.distributed.own_part(dataset), ...)"
+        )
+
+
 def check_budget(budget: Budget, model: nn.Module, quantized: Mapping[str, QuantizedModule]) -> None:
     """Raise ConfigError for a budget that the W4 model alone exceeds, as far as its scheme tells before it is made.
 
@@ -209,6 +235,26 @@ def _check_scheme(name: str, module: nn.Module, scheme: QuantizationScheme, quan
     else:
         return
     raise RecipeError(f"{type(quantizer).__name__} gives {name} {problem}; SRD corrects W4A16 (scheme: W4A16)")
+
+
+def _check_saved_names(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise RecipeError for the first module that Transformers renames when it saves the model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    conversions = getattr(model, "_weight_conversions", None)  # those that loading has used
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    renamings = [entry.reverse_transform() for entry in reversed(conversions) if isinstance(entry, WeightRenaming)]
+    for name in names:
+        saved = rename_source_key(f"{name}.weight_packed", renamings, [], reverse=True)[0].removesuffix(
+            ".weight_packed"
+        )
+        if saved != name:
+            raise RecipeError(
+                f"{type(model).__name__} saves {name} as {saved}, which residuals do not follow and Transformers may "
+                "not read back; leave such modules out with ignore (docs/upstream.md)"
+            )
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:

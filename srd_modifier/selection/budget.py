@@ -114,6 +114,18 @@ def parse_budget(kind: str, value: Any, *, field: str | None = None) -> Budget:
     return parsed
 
 
+def parse_bytes(value: Any, *, field: str) -> int:
+    """The bytes that a size stands for: `8GB`, `512MiB`, a number of bytes.
+
+    Raises:
+        ConfigError: naming the field, the value and what is accepted.
+    """
+    parsed = _parse_size(value)
+    if parsed is None or parsed.bytes is None:
+        raise ConfigError(f"{field} is {value!r}, expected a size such as 8GB, 512MiB or a number of bytes")
+    return parsed.bytes
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One way to treat a group of modules.

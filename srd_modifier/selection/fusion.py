@@ -1,10 +1,10 @@
 """Which modules of a checkpoint vLLM runs as one, and which therefore get one format for their residuals.
 
-vLLM fuses the projections that share an input into one Linear, and all experts of a layer into two tensors: one for
-gate and up, one for down. It knows them by name, and so does this file.
+vLLM fuses the projections that share an input into one Linear. It knows them by name, and so does this file. It also
+stacks the experts of a layer, but these it gets dense if one of them has a residual: each may have a format of its own,
+or none, as its use by the router deserves.
 """
 
-import re
 from collections.abc import Sequence
 
 _FUSED = (
@@ -20,9 +20,6 @@ _FUSED = (
     (("in_proj_b", "in_proj_a"), "in_proj_ba"),
 )
 _FUSED_NAME = {part: fused for parts, fused in _FUSED for part in parts}
-
-# experts of one layer, by number; shared experts have a name of their own and are an MLP like any other
-_EXPERT = re.compile(r"(.*\.)?experts\.\d+\.(.+)")
 
 
 def fused_groups(names: Sequence[str]) -> list[list[str]]:
@@ -41,9 +38,5 @@ def fused_groups(names: Sequence[str]) -> list[list[str]]:
 
 
 def _fused_name(name: str) -> str:
-    expert = _EXPERT.fullmatch(name)
-    if expert is not None:
-        # all experts of the layer are one module
-        name = f"{expert[1] or ''}experts.{expert[2]}"
     parent, dot, leaf = name.rpartition(".")
     return f"{parent}{dot}{_FUSED_NAME.get(leaf, leaf)}"

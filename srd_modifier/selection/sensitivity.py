@@ -25,7 +25,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,8 +34,10 @@ from compressed_tensors.offload import disable_onloading
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from srd_modifier.distributed import Ranks, in_order
 from srd_modifier.errors import ConfigError, SRDError
 from srd_modifier.selection.depth import layer_of
+from srd_modifier.selection.routing import input_gains, routed_tokens_only
 
 METHODS = ("auto", "gradient", "forward")
 
@@ -87,13 +89,17 @@ def output_sensitivity(
     seed: int = 0,
     method: str = "auto",
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> OutputSensitivity:
     """Measure `g` of some modules: squared gradients summed over all positions, divided by the number of labels.
 
     Each position that is not padding gets one label, the last of a row included: labels are sampled, so that no
     next token is needed. The loss is the sum over these, and what later labels say about an earlier position
-    counts there. In a mixture of experts the division is by all labels, not by those routed to an expert: `damage`
-    above then holds with `H` the mean over the expert's own inputs.
+    counts there. In a mixture of experts the division is by all labels, not by those routed to an expert, so that
+    `g` of an expert has its share of the tokens in it. The model runs as it is used, each expert on the tokens that
+    the router sends it. Where calibration shows every token to every expert (`routing`), `g` is multiplied by how
+    much larger the inputs are of those that are routed, so that `damage` above holds with `H` the mean over what
+    calibration shows.
 
     Args:
         model: A Transformers causal language model, on its device. It is left as it was found.
@@ -107,6 +113,8 @@ def output_sensitivity(
             model has no derivative.
         progress: Called at the start and after every batch ("forward": every module) with (done, all). Begins anew
             when the method changes.
+        ranks: The processes among which the batches were divided, each of which has the whole model. They divide the
+            work, and all get what one process alone would have found.
 
     Raises:
         ConfigError: `method` is unknown or `tokens` is below 1.
@@ -117,20 +125,40 @@ def output_sensitivity(
     if tokens < 1:
         raise ConfigError(f"tokens must be at least 1, got {tokens}")
     report = progress or _ignore_progress
-    taken = _take(batches, tokens)  # kept, as an iterator could not be read twice
-    with _frozen(model):
+    ranks = ranks or Ranks()
+    taken = _take(_of_all_ranks(batches, tokens, ranks), tokens)  # kept, as an iterator could not be read twice
+    with _frozen(model), ExitStack() as routed:
+        gains: dict[str, float] = {}
+        with ranks.together():
+            gains = input_gains(partial(_run, model, taken), modules)
+        routed.enter_context(routed_tokens_only())
         if method != "forward":
             reason = ""
-            try:
-                return _by_gradient(model, taken, modules, seed, report)
-            except RuntimeError as error:
-                if method == "gradient" or not _cannot_differentiate(error):
-                    raise
-                reason = str(error).strip().split("\n", 1)[0]
+            sums: dict[str, Tensor] = {}
+            with ranks.together():
+                try:
+                    sums = _by_gradient(model, taken, modules, seed, report, ranks)
+                except RuntimeError as error:
+                    if method == "gradient" or not _cannot_differentiate(error):
+                        raise
+                    reason = str(error).strip().split("\n", 1)[0] or "no reason given"
             # outside of `except`, whose traceback would hold on to the activations
+            reason = next(filter(None, ranks.gather(reason)), "")
+            if not reason:
+                return _scaled(_of_sums(_added(sums, modules, ranks), taken, modules), gains)
             _log.warning("no gradients of the model (%s); measuring with noise, one number per module", reason)
         fewer = _take([batch.inputs for batch in taken], min(tokens, _FORWARD_TOKENS))
-        return _by_noise(model, fewer, modules, seed, report)
+        mine = {name: module for i, (name, module) in enumerate(modules.items()) if i % ranks.size == ranks.rank}
+        values: dict[str, Tensor] = {}
+        with ranks.together():
+            values = _by_noise(model, fewer, mine, seed, report)
+        values = ranks.merge(values)
+        positions = sum(batch.positions for batch in fewer)
+        return _scaled(OutputSensitivity({name: values[name] for name in modules}, positions, "forward"), gains)
+
+
+def _scaled(found: OutputSensitivity, gains: Mapping[str, float]) -> OutputSensitivity:
+    return replace(found, values={name: value * gains.get(name, 1.0) for name, value in found.values.items()})
 
 
 def _ignore_progress(done: int, total: int) -> None:
@@ -164,6 +192,15 @@ class _Batch:
 
 def _take(batches: Iterable[Mapping[str, Any]], tokens: int) -> list[_Batch]:
     """The first batches that hold `tokens` positions, the last one cut to the rows that are needed."""
+    taken, seen = _first_positions(batches, tokens)
+    if not taken:
+        what = "their attention_mask leaves no position" if seen else "there are none"
+        raise SRDError(f"sensitivity needs batches of tokens: {what}")
+    return taken
+
+
+def _first_positions(batches: Iterable[Mapping[str, Any]], tokens: int) -> tuple[list[_Batch], int]:
+    """What `_take` takes, which may be nothing, and how many batches it looked at."""
     taken: list[_Batch] = []
     left, seen = tokens, 0
     for inputs in batches:
@@ -176,10 +213,18 @@ def _take(batches: Iterable[Mapping[str, Any]], tokens: int) -> list[_Batch]:
         left -= batch.positions
         if left <= 0:
             break
-    if not taken:
-        what = "their attention_mask leaves no position" if seen else "there are none"
-        raise SRDError(f"sensitivity needs batches of tokens: {what}")
-    return taken
+    return taken, seen
+
+
+def _of_all_ranks(batches: Iterable[Mapping[str, Any]], tokens: int, ranks: Ranks) -> Iterable[Mapping[str, Any]]:
+    """What `_take` needs of the batches of all processes, in the order that one process alone has them in."""
+    if ranks.size == 1:
+        return batches
+    mine: list[_Batch] = []
+    with ranks.together():
+        mine, _ = _first_positions(batches, tokens)
+    everything = in_order(ranks.gather(mine), lambda batch: batch.counted.shape[1])
+    return [batch.inputs for batch in everything]
 
 
 def _batch(inputs: Mapping[str, Any]) -> _Batch:
@@ -279,6 +324,11 @@ def _logits(model: Any, batch: _Batch) -> Tensor:
     return logits
 
 
+def _run(model: nn.Module, batches: Iterable[_Batch]) -> None:
+    for batch in batches:
+        _logits(model, batch)
+
+
 def _dtypes(model: nn.Module) -> set[torch.dtype]:
     with disable_onloading():
         return {parameter.dtype for parameter in model.parameters()}
@@ -294,8 +344,14 @@ def _slices(positions: int, vocabulary: int) -> Iterator[slice]:
 
 @torch.enable_grad()
 def _by_gradient(
-    model: nn.Module, batches: Sequence[_Batch], modules: Mapping[str, nn.Linear], seed: int, report: Progress
-) -> OutputSensitivity:
+    model: nn.Module,
+    batches: Sequence[_Batch],
+    modules: Mapping[str, nn.Linear],
+    seed: int,
+    report: Progress,
+    ranks: Ranks,
+) -> dict[str, Tensor]:
+    """Squared gradients summed over this process's share of the batches: float64 `[out_features]`."""
     generator = torch.Generator().manual_seed(seed)
     half = torch.float16 in _dtypes(model)
     scale = _HALF_SCALE if half else 1.0
@@ -304,6 +360,8 @@ def _by_gradient(
     with _checkpointed_layers(model):
         for done, batch in enumerate(batches, 1):
             uniforms = torch.rand(batch.positions, generator=generator, dtype=torch.float64)
+            if (done - 1) % ranks.size != ranks.rank:
+                continue  # another process's, whose labels are drawn all the same
             sums = _squared_gradients(model, batch, modules, uniforms, scale)
             while not _finite(sums) and half and scale > _HALF_SCALE_LEAST:
                 scale /= _HALF_SCALE_STEP
@@ -311,11 +369,32 @@ def _by_gradient(
             if not _finite(sums):
                 raise SRDError("the model's gradients are NaN or infinite; load it in bfloat16 or float32")
             for name, squares in sums.items():
-                totals[name] = totals[name].add_(squares) if name in totals else squares
+                # float64, in which the order of the batches makes no difference
+                squares = squares.cpu()
+                totals[name] = totals[name].add_(squares) if name in totals else squares.double()
             report(done, len(batches))
+    return totals
+
+
+def _added(sums: Mapping[str, Tensor], modules: Mapping[str, nn.Linear], ranks: Ranks) -> dict[str, Tensor]:
+    """The sums of all processes, of the modules that any of them saw."""
+    seen = ranks.merge(dict.fromkeys(sums, True))
+    added = {
+        name: sums[name] if name in sums else torch.zeros(module.out_features, dtype=torch.float64)
+        for name, module in modules.items()
+        if name in seen
+    }
+    for values in added.values():
+        ranks.sum(values)
+    return added
+
+
+def _of_sums(
+    sums: Mapping[str, Tensor], batches: Sequence[_Batch], modules: Mapping[str, nn.Linear]
+) -> OutputSensitivity:
     tokens = sum(batch.positions for batch in batches)
     values = {
-        name: (totals[name] / tokens).cpu() if name in totals else torch.zeros(module.out_features)
+        name: (sums[name] / tokens).float() if name in sums else torch.zeros(module.out_features)
         for name, module in modules.items()
     }
     return OutputSensitivity(values, tokens, "gradient")
@@ -402,7 +481,7 @@ def _finite(sums: Mapping[str, Tensor]) -> bool:
 @torch.no_grad()
 def _by_noise(
     model: nn.Module, batches: Sequence[_Batch], modules: Mapping[str, nn.Linear], seed: int, report: Progress
-) -> OutputSensitivity:
+) -> dict[str, Tensor]:
     """Noise of variance `s^2` on all outputs costs `1/2 s^2 sum_r g_r`, which gives the mean of `g` over rows.
 
     What this gives up: which rows matter (all get the mean, so that damage is mispredicted where errors and
@@ -427,7 +506,7 @@ def _by_noise(
             mean = max(0.0, 2.0 * kl / tokens / ((high**2 - low**2) * size**2 * module.out_features))
         values[name] = torch.full((module.out_features,), mean)
         report(done, len(modules))
-    return OutputSensitivity(values, tokens, "forward")
+    return values
 
 
 def _clean_pass(

@@ -223,13 +223,6 @@ def test_save_pretrained_still_looks_like_upstreams(quantized_model, make_recipe
     assert model.save_pretrained.__name__ == alone.save_pretrained.__name__
 
 
-def test_only_the_source_process_writes(quantized_model, make_recipe, monkeypatch, tmp_path):
-    model = quantized_model(make_recipe("itself"), data=False)
-    monkeypatch.setattr("srd_modifier.modifier.saving.is_source_process", lambda: False)
-    model.save_pretrained(tmp_path / "model")
-    assert not (tmp_path / "model" / "srd").exists()
-
-
 def test_paths_of_every_kind(quantized_model, make_recipe, tmp_path):
     model = quantized_model(make_recipe("itself"), data=False)
     model.save_pretrained(f"{tmp_path}/trailing/")

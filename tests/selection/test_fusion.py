@@ -28,8 +28,8 @@ QWEN3_MOE = [
     for group in (
         under(f"{layer}.self_attn", *QKV),
         under(f"{layer}.self_attn", "o_proj"),
-        [name for expert in range(12) for name in under(f"{layer}.mlp.experts.{expert}", *GATE_UP)],
-        [f"{layer}.mlp.experts.{expert}.down_proj" for expert in range(12)],
+        *(under(f"{layer}.mlp.experts.{expert}", *GATE_UP) for expert in range(12)),
+        *(under(f"{layer}.mlp.experts.{expert}", "down_proj") for expert in range(12)),
     )
 ]
 MIXTRAL = [
@@ -37,13 +37,13 @@ MIXTRAL = [
     for layer in ("model.layers.0", "model.layers.31")
     for group in (
         under(f"{layer}.self_attn", *QKV),
-        [name for expert in range(8) for name in under(f"{layer}.block_sparse_moe.experts.{expert}", "w1", "w3")],
-        [f"{layer}.block_sparse_moe.experts.{expert}.w2" for expert in range(8)],
+        *(under(f"{layer}.block_sparse_moe.experts.{expert}", "w1", "w3") for expert in range(8)),
+        *(under(f"{layer}.block_sparse_moe.experts.{expert}", "w2") for expert in range(8)),
     )
 ]
 SHARED_EXPERTS = [
-    *([name for expert in range(4) for name in under(f"model.layers.3.mlp.experts.{expert}", *GATE_UP)],),
-    [f"model.layers.3.mlp.experts.{expert}.down_proj" for expert in range(4)],
+    *(under(f"model.layers.3.mlp.experts.{expert}", *GATE_UP) for expert in range(4)),
+    *(under(f"model.layers.3.mlp.experts.{expert}", "down_proj") for expert in range(4)),
     under("model.layers.3.mlp.shared_experts", *GATE_UP),
     under("model.layers.3.mlp.shared_experts", "down_proj"),
     under("model.layers.3.mlp.shared_expert", *GATE_UP),
@@ -76,7 +76,8 @@ OTHERS = [
     under("model.layers.2.mlp", "gate_up_proj"),
     ["lm_head"],
     ["q_proj", "k_proj"],
-    ["experts.0.up_proj", "experts.1.up_proj"],
+    ["experts.0.up_proj"],
+    ["experts.1.up_proj"],
 ]
 ARCHITECTURES = {
     "llama": LLAMA,

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from random_models import make_llama
+from llmcompressor.modeling.moe.context import get_calibrate_all_experts_flag, moe_calibration_context
+from llmcompressor.modeling.moe.linearize import linearize_moe
+from random_models import make_llama, make_routed_mixture
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from transformers import (
@@ -26,6 +28,7 @@ from srd_modifier.errors import ConfigError, SRDError
 from srd_modifier.selection.sensitivity import OutputSensitivity, output_sensitivity
 
 VOCABULARY = 128
+METHODS = ("gradient", "forward")
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -195,9 +198,6 @@ def test_slices_of_a_large_vocabulary_make_no_difference(
         assert_same(sliced.values, found.values, rtol=1e-5)
 
 
-METHODS = ("gradient", "forward")
-
-
 @pytest.mark.parametrize(("tokens", "expected"), [(1, 16), (16, 16), (17, 32), (48, 48), (49, 64), (10**6, 96)])
 def test_takes_whole_rows_until_there_are_enough_tokens(
     model: LlamaForCausalLM, batches: list, tokens: int, expected: int
@@ -312,6 +312,87 @@ def test_an_expert_that_is_never_reached_gets_zeros(mixture: MixtralForCausalLM,
     assert output_sensitivity(mixture, batches, outside, method=method).values["nowhere"].tolist() == [0.0] * 5
 
 
+@pytest.fixture(scope="module")
+def routed() -> Any:
+    """A mixture whose router uses one expert seldom and one never, taken apart as llm-compressor does."""
+    return linearize_moe(make_routed_mixture(vocab_size=VOCABULARY))
+
+
+@pytest.fixture(scope="module")
+def tokens() -> list[dict[str, Tensor]]:
+    ids = torch.randint(VOCABULARY, (64, 64), generator=torch.Generator().manual_seed(5))
+    return [{"input_ids": rows} for rows in ids.split(8)]
+
+
+@pytest.fixture(scope="module")
+def experts(routed: Any) -> dict[str, nn.Linear]:
+    """Those of the last layer: an error before it also moves tokens to other experts, which no derivative sees."""
+    return {name: module for name, module in linears(routed).items() if "layers.1.mlp.experts" in name}
+
+
+@pytest.fixture(scope="module")
+def shown_to_all(routed: Any, tokens: list, experts: dict) -> dict[str, Tensor]:
+    """The second moment of the inputs that calibration shows an expert: those of all tokens."""
+    with moe_calibration_context():
+        return {name: second_moment(routed, tokens, module) for name, module in experts.items()}
+
+
+@pytest.fixture(scope="module")
+def caused(routed: Any, tokens: list, experts: dict) -> dict[str, tuple[Tensor, float]]:
+    """A random error in each expert's weights, and the divergence that was measured with it."""
+    before, found = log_probabilities(routed, tokens).double(), {}
+    for name, module in experts.items():
+        weight = module.weight.detach().clone()
+        error = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * weight.std() * 0.05
+        divergences = []
+        for signed in (error, -error):
+            module.weight.data = weight + signed
+            after = log_probabilities(routed, tokens).double()
+            divergences.append(float((before.exp() * (before - after)).sum(-1).mean()))
+        module.weight.data = weight
+        found[name] = error, sum(divergences) / 2
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_damage_of_an_expert_is_by_how_often_it_is_used(
+    routed: Any, tokens: list, experts: dict, shown_to_all: dict, caused: dict, method: str
+) -> None:
+    with moe_calibration_context():
+        values = output_sensitivity(routed, tokens, experts, method=method).values
+    predicted = {
+        name: float((((error @ shown_to_all[name]) * error).sum(1) * values[name]).sum() / 2)
+        for name, (error, _) in caused.items()
+    }
+    within = {"gradient": 1.4, "forward": 2.0}[method]  # of the seldom used one, "forward" sees 40 tokens
+    total = {number: [0.0, 0.0] for number in range(6)}
+    for name, (_, divergence) in caused.items():
+        number = int(name.split(".experts.")[1][0])
+        total[number][0] += predicted[name]
+        total[number][1] += divergence
+        if number < 5:
+            assert 1 / within < predicted[name] / divergence < within, name
+    assert total[4][1] < 0.1 * total[0][1]  # seldom used
+    assert total[5] == [0.0, 0.0]  # never used
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_calibration_shows_experts_changes_only_what_their_inputs_are_counted_by(
+    routed: Any, tokens: list, experts: dict, shown_to_all: dict, method: str
+) -> None:
+    few = tokens[:2]
+    some = {name: module for name, module in experts.items() if name.endswith(("1.down_proj", "4.down_proj"))}
+    plain = output_sensitivity(routed, few, some, method=method).values
+    with moe_calibration_context():
+        shown = output_sensitivity(routed, few, some, method=method).values
+        assert get_calibrate_all_experts_flag()
+        everything = {name: second_moment(routed, few, module) for name, module in some.items()}
+    for name, module in some.items():
+        gain = float(second_moment(routed, few, module).trace() / everything[name].trace())
+        assert gain > 1.1  # experts answer louder to the tokens that they get
+        torch.testing.assert_close(shown[name], plain[name] * gain)
+
+
 # --- the forward method
 
 
@@ -386,7 +467,7 @@ def log_probabilities(model: Any, text: list) -> Tensor:
 @torch.no_grad()
 def second_moment(model: Any, text: list, module: nn.Linear) -> Tensor:
     inputs: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
+    handle = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
     log_probabilities(model, text)
     handle.remove()
     rows = torch.cat(inputs)
