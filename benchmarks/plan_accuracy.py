@@ -19,11 +19,11 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.models import REPOSITORY, SCHEME, write_random
+from benchmarks.models import REPOSITORY, SCHEME, write_random, write_sharded
 from benchmarks.process import measure, median, print_cost, run
 from benchmarks.scratch import scratch
 
-_CASES = ("smollm2-135m/rtn", "smollm2-135m/gptq", "llama-132m/rtn", "smollm2-1.7b/rtn")
+_CASES = ("smollm2-135m/rtn", "smollm2-135m/gptq", "llama-132m/rtn", "smollm2-1.7b/rtn", "llama-7b/rtn")
 _MODIFIERS = {
     "rtn": {"SRDModifier": SCHEME},
     "gptq": {"SRDModifier": {"ignore": ["lm_head"]}, "GPTQModifier": SCHEME},
@@ -60,7 +60,7 @@ def written(directory: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--case", action="append", choices=_CASES)
+    parser.add_argument("--case", action="append", choices=_CASES, help="all but llama-7b, which takes 24 GB of disk")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--worker", nargs=4, metavar=("MODEL", "RECIPE", "OUTPUT", "BASE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -69,11 +69,11 @@ def main() -> None:
         worker(model, recipe, output, base == "gptq")
         return
     with scratch() as folder:
-        for case in options.case or _CASES:
+        for case in options.case or _CASES[:-1]:
             name, base = case.split("/")
             model = folder / name
             if not model.is_dir():
-                write_random(name, folder)
+                (write_sharded if name == "llama-7b" else write_random)(name, folder)
             recipe = folder / f"{base}.yaml"
             recipe.write_text(
                 yaml.safe_dump({"quant_stage": {"quant_modifiers": _MODIFIERS[base]}}, sort_keys=False),
@@ -85,8 +85,10 @@ def main() -> None:
             _report(f"{case} bytes", plan["total_bytes"], written(folder / "output"))
             if plan["estimate"] is not None:
                 _report(f"{case} seconds", plan["estimate"]["seconds"], median(costs, "seconds"))
+                if plan["estimate"]["peak_bytes"] is not None:
+                    _report(f"{case} MiB", plan["estimate"]["peak_bytes"] / 2**20, median(costs, "peak_mb"))
             peaks = [cost.peak_mb for cost in costs]
-            print(f"{case} peak of memory, not planned: {min(peaks):,.0f} to {max(peaks):,.0f} MB", flush=True)
+            print(f"{case} peaks of memory: {min(peaks):,.0f} to {max(peaks):,.0f} MiB", flush=True)
 
 
 def _report(label: str, expected: float, found: float) -> None:

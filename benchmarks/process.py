@@ -24,39 +24,41 @@ class Cost:
         seconds: wall time of the work, imports not counted.
         peak_mb: largest resident memory of the process, mapped files included.
         peak_anonymous_mb: largest anonymous memory: what the process itself allocated.
+        cpu_seconds: of all its threads, in the work; unlike wall time, what others do on the machine hardly changes it.
     """
 
     seconds: float
     peak_mb: float
     peak_anonymous_mb: float
+    cpu_seconds: float = 0.0
 
 
 def measure(work: Callable[[], None]) -> Cost:
-    """Run `work` in this process and measure it; memory is sampled from /proc every 20 ms."""
-    peaks = {"VmRSS": 0, "RssAnon": 0}
+    """Run `work` in this process and measure it: the kernel's own peak, and anonymous memory sampled every 20 ms."""
+    anonymous = 0
     stop = threading.Event()
 
     def sample() -> None:
+        nonlocal anonymous
         while not stop.is_set():
-            for name, kilobytes in _memory().items():
-                peaks[name] = max(peaks[name], kilobytes)
+            anonymous = max(anonymous, _memory()["RssAnon"])
             time.sleep(_SAMPLE_SECONDS)
 
     sampler = threading.Thread(target=sample, daemon=True)
     sampler.start()
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     work()
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     stop.set()
     sampler.join()
-    return Cost(seconds, peaks["VmRSS"] / 1024, peaks["RssAnon"] / 1024)
+    return Cost(seconds, _memory()["VmHWM"] / 1024, anonymous / 1024, cpu_seconds)
 
 
 def _memory() -> dict[str, int]:
-    """Resident and anonymous memory of this process in kB."""
+    """Peak of resident memory and anonymous memory of this process in kB."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     fields = dict(line.split(":", 1) for line in lines)
-    return {name: int(fields[name].split()[0]) for name in ("VmRSS", "RssAnon")}
+    return {name: int(fields[name].split()[0]) for name in ("VmHWM", "RssAnon")}
 
 
 def print_cost(cost: Cost) -> None:

@@ -1,13 +1,18 @@
 """One call from a model and a recipe to a whole checkpoint: what `srd quantize` and `srd demo` do."""
 
+import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srd_modifier._extras import require
 from srd_modifier.calibration import SELF, as_dataset, from_file, from_model
 from srd_modifier.checkpoint.atomic import new_directory, refuse_existing
+from srd_modifier.checkpoint.base_writer import MAX_FILE
+from srd_modifier.distributed import Ranks, launched, own_part
 from srd_modifier.errors import RecipeError, SRDError
+from srd_modifier.loading import load_tokenizer, loaded_model
 
 if TYPE_CHECKING:
     from llmcompressor.recipe import Recipe
@@ -15,6 +20,9 @@ if TYPE_CHECKING:
 
 # what AWQModifier of llm-compressor 0.14.0.1 ends in on a machine with a CPU only
 _NO_ACCELERATOR = "Cannot access accelerator device when none is available"
+
+# those of llm-compressor that do for round-to-nearest what streaming does
+_STREAMED_PIPELINES = ("independent", "datafree")
 
 
 def quantize(
@@ -27,9 +35,16 @@ def quantize(
     max_seq_length: int = 512,
     seed: int = 0,
     overwrite: bool = False,
+    resume: bool = False,
     pipeline: str = "independent",
+    max_memory: int | None = None,
 ) -> None:
     """Run a recipe through llm-compressor's `oneshot` and save model, sidecar and tokenizer in one step.
+
+    Round-to-nearest without data is streamed instead: one decoder layer is in memory at a time, and every layer is on
+    the disk before the next begins, with the same bytes in the end (`srd_modifier.streaming`).
+
+    Where `torchrun` started several processes they divide the work, and the first of them writes.
 
     Args:
         model_name: a directory or hub id.
@@ -40,44 +55,103 @@ def quantize(
         num_samples: calibration samples.
         max_seq_length: tokens per sample.
         seed: of everything random: sampling, the choice of samples, shuffling.
-        overwrite: replace an existing model directory.
+        overwrite: replace an existing model directory; without `resume`, an unfinished one beside it too.
+        resume: go on where a streamed quantization to the same directory was cut off, if one was.
         pipeline: of llm-compressor: independent, sequential, basic or datafree.
+        max_memory: bytes that the weights of a model that is not streamed may take; the others stay on the disk. None
+            is what is free, less 5 GB.
 
     Raises:
-        SRDError: recipe, model, data or output are at fault.
+        SRDError: recipe, model, data or output are at fault, or another process failed.
     """
     require("llmcompressor", extra="quantize")
-    refuse_existing(output, overwrite=overwrite)
-    recipe = load_recipe(recipe_path)
-    _check_data(recipe_path, recipe, dataset)
+    output = output.absolute()
+    with launched() as ranks, ExitStack() as stack:
+        with ranks.together():
+            if ranks.first:
+                refuse_existing(output, overwrite=overwrite)
+            recipe = load_recipe(recipe_path)
+            _check_data(recipe_path, recipe, dataset)
+            unsuitable = _why_whole(dataset, pipeline, ranks)
+            if unsuitable is None:
+                unsuitable = _stream(model_name, recipe_path, recipe, output, overwrite=overwrite, resume=resume)
+                if unsuitable is None:
+                    return
+            if resume:
+                raise SRDError(f"{model_name} is not written layer by layer, so leave --resume out: {unsuitable}")
+            _seed(seed)
+            output.parent.mkdir(parents=True, exist_ok=True)
+            model = stack.enter_context(_loaded(model_name, output.parent, ranks, max_memory))
+            tokenizer = load_tokenizer(model_name)
+        for modifier in _srd_modifiers(recipe):
+            modifier.spool_dir = modifier.spool_dir or str(output.parent)
+            # data that was given is used, if only for importance.safetensors
+            modifier.requires_calibration_data |= dataset is not None and modifier.quantizes_itself
+        data = _calibration(
+            dataset, model, tokenizer, ranks, num_samples=num_samples, max_seq_length=max_seq_length, seed=seed
+        )
+        try:
+            with ranks.watched():
+                _oneshot(recipe_path, model=model, tokenizer=tokenizer, recipe=recipe, pipeline=pipeline, **data)
+                _save(model, tokenizer, output, ranks, overwrite=overwrite)
+        finally:
+            for modifier in _srd_modifiers(recipe):
+                modifier.close()
 
+
+def _seed(seed: int) -> None:
     import transformers
 
     transformers.set_seed(seed)
-    model, tokenizer = _load(model_name)
-    output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for modifier in _srd_modifiers(recipe):
-        modifier.spool_dir = modifier.spool_dir or str(output.parent)
-        # data that was given is used, if only for importance.safetensors
-        modifier.requires_calibration_data |= dataset is not None and modifier.quantizes_itself
-    kwargs: dict[str, Any] = {}
-    if dataset is not None and not isinstance(dataset, str):
-        num_samples, max_seq_length = len(dataset), max(map(len, dataset), default=0)
+
+
+def _save(model: Any, tokenizer: Any, output: Path, ranks: Ranks, *, overwrite: bool) -> None:
+    """Save model and tokenizer in one step; every process takes part, and the first writes."""
+    with ExitStack() as stack:
+        directory = output
+        with ranks.together():
+            if ranks.first:
+                directory = stack.enter_context(new_directory(output, overwrite=overwrite))
+        model.save_pretrained(str(directory), save_compressed=True, max_shard_size=MAX_FILE)
+        with ranks.together():
+            if ranks.first:
+                tokenizer.save_pretrained(str(directory))
+    ranks.agree()  # it is in its place when any of them ends
+
+
+def _why_whole(dataset: object, pipeline: str, ranks: Ranks) -> str | None:
+    """Why the model is held whole, whatever its recipe; None if its layers may come one by one."""
     if dataset is not None:
-        kwargs |= {"num_calibration_samples": num_samples, "max_seq_length": max_seq_length}
-        kwargs["dataset"] = _calibration(
-            dataset, model, tokenizer, num_samples=num_samples, max_seq_length=max_seq_length, seed=seed
-        )
-        kwargs["shuffle_calibration_samples"] = False  # the order is ours, and the same every time
+        return "the recipe gets calibration data"
+    if pipeline not in _STREAMED_PIPELINES:
+        return f"the pipeline is {pipeline}"
+    return None if ranks.size == 1 else "several processes divide the work"
+
+
+def _stream(
+    model_name: str, recipe_path: Path, recipe: "Recipe", output: Path, *, overwrite: bool, resume: bool
+) -> str | None:
+    """Quantize layer by layer; or say why that is not possible, having done nothing."""
+    from srd_modifier.planning.source import read_source
+    from srd_modifier.streaming.run import StreamedModel
+
     try:
-        _oneshot(recipe_path, model=model, tokenizer=tokenizer, recipe=recipe, pipeline=pipeline, **kwargs)
-        with new_directory(output, overwrite=overwrite) as staging:
-            model.save_pretrained(str(staging), save_compressed=True)
-            tokenizer.save_pretrained(str(staging))
-    finally:
-        for modifier in _srd_modifiers(recipe):
-            modifier.close()
+        streamed = StreamedModel(read_source(model_name, fetch_weights=True), recipe)
+    except SRDError as error:
+        return str(error)  # Transformers may yet load it, or has a message of its own
+    if streamed.unsuitable is None:
+        tokenizer = load_tokenizer(model_name)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            streamed.quantize(output, tokenizer, overwrite=overwrite, resume=resume)
+        except SRDError:
+            raise
+        except ValueError as error:
+            raise _refused(recipe_path, error) from error
+        finally:
+            for modifier in _srd_modifiers(recipe):
+                modifier.close()
+    return streamed.unsuitable
 
 
 def load_recipe(path: Path) -> "Recipe":
@@ -127,11 +201,10 @@ def _oneshot(recipe_path: Path, **kwargs: Any) -> None:
 
     try:
         oneshot(**kwargs)
+    except SRDError:
+        raise
     except ValueError as error:
-        if isinstance(error, SRDError):
-            raise
-        # llm-compressor's own way to refuse a recipe, at length
-        raise RecipeError(f"{recipe_path}: llm-compressor refuses it: {' '.join(str(error).split())}") from error
+        raise _refused(recipe_path, error) from error
     except RuntimeError as error:
         if _NO_ACCELERATOR not in str(error):
             raise
@@ -139,6 +212,11 @@ def _oneshot(recipe_path: Path, **kwargs: Any) -> None:
             f"{recipe_path}: this llm-compressor runs AWQ only on a machine with an accelerator; "
             "docs/upstream.md says why, and how to run it without one"
         ) from error
+
+
+def _refused(recipe_path: Path, error: ValueError) -> RecipeError:
+    """llm-compressor's own way to refuse a recipe, at length, in a sentence."""
+    return RecipeError(f"{recipe_path}: llm-compressor refuses it: {' '.join(str(error).split())}")
 
 
 def _check_data(path: Path, recipe: "Recipe", dataset: str | Sequence[Sequence[int]] | None) -> None:
@@ -153,31 +231,56 @@ def _srd_modifiers(recipe: "Recipe") -> list[Any]:
     return [modifier for modifier in recipe.modifiers if isinstance(modifier, SRDModifier)]
 
 
-def _load(model_name: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if Path(model_name).exists() and not (Path(model_name) / "config.json").is_file():
-        raise SRDError(f"{model_name} has no config.json: this is not a model directory")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto")
-        tokenizer = AutoTokenizer.from_pretrained(model_name)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise SRDError(f"cannot load {model_name}: {reason}") from error
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise SRDError(f"{model_name} is quantized already; start from the original model")
-    return model, tokenizer
+def _loaded(name: str, parent: Path, ranks: Ranks, max_memory: int | None) -> AbstractContextManager[Any]:
+    if ranks.size == 1:
+        return loaded_model(name, parent, max_memory=max_memory)
+    if max_memory is not None:
+        raise SRDError("--max-memory is for one process; each of several holds the whole model, leave it out")
+    return loaded_model(name, parent, max_memory=sys.maxsize)
 
 
-def _calibration(dataset: str | Sequence[Sequence[int]], model: Any, tokenizer: Any, **settings: int) -> Any:
+def _calibration(
+    dataset: str | Sequence[Sequence[int]] | None, model: Any, tokenizer: Any, ranks: Ranks, **settings: int
+) -> dict[str, Any]:
+    """The arguments of `oneshot` that concern data; the same samples in every process, which takes its part of them."""
+    if dataset is None:
+        return {}
+    samples: list[list[int]] | None = None
+    with ranks.together():
+        if ranks.first and isinstance(dataset, str) and not _is_own(dataset):
+            _check_known(dataset)
+        elif ranks.first:
+            samples = _samples(dataset, model, tokenizer, **settings)
+    samples = ranks.from_first(samples)
+    common: dict[str, Any] = {
+        "max_seq_length": settings["max_seq_length"],
+        "shuffle_calibration_samples": False,  # the order is ours, and the same every time
+    }
+    if samples is None:
+        return {"dataset": dataset, "num_calibration_samples": settings["num_samples"], **common}
+    common["max_seq_length"] = max(settings["max_seq_length"], *map(len, samples))
+    own = own_part(as_dataset(samples))
+    return {"dataset": own, "num_calibration_samples": len(own), **common}
+
+
+def _is_own(dataset: str) -> bool:
+    """Whether we read the data ourselves: no data set that llm-compressor knows by name."""
+    return dataset == SELF or bool(Path(dataset).suffix) or Path(dataset).exists()
+
+
+def _samples(dataset: str | Sequence[Sequence[int]], model: Any, tokenizer: Any, **settings: int) -> list[list[int]]:
+    """Token ids: as they are given, from the model itself, or from a file."""
     if not isinstance(dataset, str):
         if not dataset or min(map(len, dataset)) < 2:
             raise SRDError("there is no text to calibrate on: samples are of two token ids or more")
-        return as_dataset([list(sample) for sample in dataset])
+        return [list(sample) for sample in dataset]
     if dataset == SELF:
-        return as_dataset(from_model(model, tokenizer, **settings))
-    if Path(dataset).suffix or Path(dataset).exists():
-        return as_dataset(from_file(Path(dataset), tokenizer, **settings))
+        return from_model(model, tokenizer, **settings)
+    return from_file(Path(dataset), tokenizer, **settings)
+
+
+def _check_known(dataset: str) -> None:
+    """Raise SRDError for the name of a data set that llm-compressor does not know."""
     from llmcompressor.transformers.data import TextGenerationDataset
 
     known = {*TextGenerationDataset.registered_names(), *TextGenerationDataset.registered_aliases()}
@@ -185,4 +288,3 @@ def _calibration(dataset: str | Sequence[Sequence[int]], model: Any, tokenizer: 
         raise SRDError(
             f"{dataset} is neither a file nor a data set that llm-compressor knows: {', '.join(sorted(known))}"
         )
-    return dataset

@@ -3,7 +3,8 @@ import json
 import shutil
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from srd_modifier.checkpoint.config import IMPORTANCE, read_srd_config
 from srd_modifier.checkpoint.sidecar import Sidecar
 from srd_modifier.errors import CheckpointError, MissingExtraError, RecipeError, SRDError
+from srd_modifier.loading import loaded_model
 from srd_modifier.modifier.capture import ResidualCapture
 from srd_modifier.modifier.inputs import CalibrationInputs
-from srd_modifier.quantizing import SELF, _load, load_recipe, quantize
+from srd_modifier.modifier.rounded import encode_rounded
+from srd_modifier.planning.skeleton import build_skeleton
+from srd_modifier.planning.source import ModelSource
+from srd_modifier.quantizing import SELF, load_recipe, quantize
 
 MODULES = 42  # seven in each of the random Llama's six layers
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
@@ -172,18 +177,29 @@ def test_no_file_of_the_checkpoint_names_a_path_of_this_machine(random_llama, re
     assert "spool_dir" not in (output / "recipe.yaml").read_text()
 
 
-def test_a_finished_model_is_let_go(random_llama, recipe, output, monkeypatch):
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_finished_model_is_let_go(streamed, random_llama, recipe, output, monkeypatch):
     """Quantizing many models in one process must not keep them all; with data, llm-compressor's own tracing does."""
     from llmcompressor.core import active_session
 
     models = []
 
-    def load(name: str) -> Any:
-        model, tokenizer = _load(name)
-        models.append(weakref.ref(model))
-        return model, tokenizer
+    @contextmanager
+    def load(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        with loaded_model(*args, **kwargs) as model:
+            models.append(weakref.ref(model))
+            yield model
 
-    monkeypatch.setattr("srd_modifier.quantizing._load", load)
+    def build(source: ModelSource) -> Any:
+        model = build_skeleton(source)
+        if streamed:
+            models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("srd_modifier.quantizing.loaded_model", load)
+    monkeypatch.setattr("srd_modifier.streaming.run.build_skeleton", build)
+    if not streamed:
+        monkeypatch.setattr("srd_modifier.quantizing._STREAMED_PIPELINES", ())
     quantize(str(random_llama), recipe(NEAREST), output)
     active_session().reset()
     gc.collect()
@@ -295,7 +311,23 @@ def test_a_failure_midway_leaves_the_old_checkpoint(random_llama, recipe, finish
     assert [path.name for path in finished.parent.iterdir()] == [finished.name]
 
 
-@pytest.mark.parametrize("stage", [fail_in_the_fourth_module, fail_in_attaching])
+def fail_in_the_fourth_streamed_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, calls = encode_rounded, []
+
+    def sometimes(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return fail() if len(calls) == 4 else encode(*args, **kwargs)
+
+    monkeypatch.setattr("srd_modifier.modifier.rounded.encode_rounded", sometimes)
+
+
+def fail_in_attaching_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("srd_modifier.streaming.run.attach_sidecar", fail)
+
+
+@pytest.mark.parametrize(
+    "stage", [fail_in_the_fourth_streamed_module, fail_in_attaching_streamed, fail_in_the_tokenizer]
+)
 def test_a_failure_midway_of_round_to_nearest_leaves_nothing(random_llama, recipe, output, monkeypatch, stage):
     stage(monkeypatch)
     with pytest.raises(RuntimeError, match="midway"):

@@ -17,7 +17,7 @@ def plan(
     recipe: Annotated[Path, typer.Option(help="YAML recipe; see recipes/.", show_default=False)],
     probe: Annotated[
         bool,
-        typer.Option("--probe/--no-probe", help="Quantize a shorter model with made-up weights, for the time."),
+        typer.Option("--probe/--no-probe", help="Quantize a shorter model with made-up weights, for time and memory."),
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
@@ -36,8 +36,13 @@ def plan(
     console.print(_alternatives(planned))
     if planned.estimate is not None:
         console.print(f"time on this machine: about {planned.estimate.seconds:,.0f} s")
+        peak = planned.estimate.peak_bytes
+        if peak is not None:
+            console.print(f"memory at its peak: about {peak / 1e9:,.2f} GB, a decoder layer at a time")
+        else:
+            console.print(f"memory is not estimated: {planned.estimate.why_no_memory}", soft_wrap=True)
     elif probe:
-        console.print(f"time is not estimated: {planned.not_estimated}", soft_wrap=True)
+        console.print(f"time and memory are not estimated: {planned.not_estimated}", soft_wrap=True)
 
 
 def _modules(plan: "Plan") -> Table:

@@ -34,6 +34,18 @@ def quantize(
     seed: Annotated[int, typer.Option(min=0, help="Of sampling and of the choice of samples.")] = 0,
     pipeline: Annotated[PipelineName, typer.Option(help="llm-compressor's pipeline.")] = PipelineName.independent,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model directory.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on where a quantization without data to the same directory was cut off."),
+    ] = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="What the weights may take of the memory while a recipe calibrates, as 8GB; the others stay on the "
+            "disk.  [default: what is free, less 5GB]",
+            show_default=False,
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show llm-compressor's log.")] = False,
 ) -> None:
     """Quantize a model to W4A16, and keep what is lost as a residual beside it."""
@@ -41,10 +53,13 @@ def quantize(
     from srd_modifier.checkpoint.summary import summarize
     from srd_modifier.cli._quiet import quiet_libraries
     from srd_modifier.cli.inspect import table
+    from srd_modifier.distributed import launched_rank
     from srd_modifier.quantizing import quantize as run
+    from srd_modifier.selection.budget import parse_bytes
 
+    first = launched_rank() == 0  # of the processes that torchrun started the others say nothing
     if not verbose:
-        quiet_libraries(bars=sys.stderr.isatty())
+        quiet_libraries(bars=first and sys.stderr.isatty())
     run(
         model,
         recipe,
@@ -54,8 +69,12 @@ def quantize(
         max_seq_length=max_seq_length,
         seed=seed,
         overwrite=overwrite,
+        resume=resume,
         pipeline=pipeline.value,
+        max_memory=None if max_memory is None else parse_bytes(max_memory, field="--max-memory"),
     )
+    if not first:
+        return
     if read_srd_config(output) is None:
         Console().print(f"wrote {output}, with no residual: the recipe has no SRDModifier")
     else:

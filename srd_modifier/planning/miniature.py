@@ -40,6 +40,7 @@ def write_miniature(source: ModelSource, layers: int, directory: Path) -> Path:
     except (OSError, ValueError, AssertionError) as error:
         raise SRDError(f"no smaller {source.name} can be made: {' '.join(str(error).split())}") from error
     model = model.to_empty(device="cpu")
+    model.tie_weights()  # which the new memory is not
     _fill(model)
     model.save_pretrained(directory)
     _write_tokenizer(directory)
@@ -65,9 +66,13 @@ def _shortened(config: dict[str, Any], layers: int) -> dict[str, Any]:
 
 
 def _fill(model: torch.nn.Module) -> None:
-    """Weights of the usual size, the same million over and over: drawing them all would take longer than encoding."""
+    """Weights of the usual size, the same million over and over: drawing them all would take longer than encoding.
+
+    They begin at another place in every tensor: a head that equals the embedding would be tied to it.
+    """
     block = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.02)
     for tensor in [*model.parameters(), *model.buffers()]:
+        block = block.roll(1)
         if tensor.is_floating_point():
             flat = tensor.data.view(-1)
             for start in range(0, flat.numel(), _BLOCK):

@@ -76,7 +76,7 @@ class Plan:
         weights: that are quantized.
         all_weights: of the model.
         alternatives: the same model in other forms.
-        estimate: of the time; None where there is no estimate.
+        estimate: of time and memory; None where there is no estimate.
         not_estimated: why there is none.
     """
 
@@ -108,7 +108,7 @@ def plan(model: str, recipe_path: Path, *, probe: bool = True) -> Plan:
     Args:
         model: a directory or hub id.
         recipe_path: a YAML recipe.
-        probe: measure on shorter models what time it takes.
+        probe: measure on shorter models what time and memory it takes.
 
     Raises:
         SRDError: what `srd quantize` would refuse before it calibrates; or the hub cannot be asked.

@@ -1,10 +1,11 @@
-"""Expected time, from quantizing the first layers of the same model with made-up weights.
+"""Expected time and memory, from quantizing the first layers of the same model with made-up weights.
 
 What a layer takes depends on kernels and on the memory's bandwidth: it is measured with the code that will run. Models
 of a few depths give what is paid once and what each weight adds, and the number of weights the rest.
 
-Memory is not predicted: the same quantization, run twice, differs by a third in its peak, by what the allocator happens
-to keep.
+A model that is streamed has one decoder layer in memory at a time, whatever their number: its peak is that of the
+first layers. Of one that is held whole the memory is not predicted: the same quantization, run twice, differs by a
+third in its peak, by what the allocator happens to keep.
 """
 
 import json
@@ -42,10 +43,15 @@ class Estimate:
     Attributes:
         seconds: from the first byte read to the last one written, imports not counted; about.
         layers: decoder layers of the runs that it is drawn from.
+        peak_bytes: the most that will be resident, imports and mapped files counted; None where the model is held
+            whole.
+        why_no_memory: why there is no such figure.
     """
 
     seconds: float
     layers: tuple[int, ...]
+    peak_bytes: int | None = None
+    why_no_memory: str | None = None
 
 
 def estimate(source: ModelSource, plan: ModulePlan, recipe: Path) -> Estimate:
@@ -66,9 +72,16 @@ def estimate(source: ModelSource, plan: ModulePlan, recipe: Path) -> Estimate:
     inside = sum(module.weights for module in plan.modules if layer_of(module.name) is not None)
     depths = depths_to_measure(layers, inside / layers)
     with tempfile.TemporaryDirectory(prefix="srd-plan-") as folder:
-        runs = _measure(source, Path(folder), depths, recipe)
+        measured = _measure(source, Path(folder), depths, recipe)
+    runs = measured["runs"]
     total = sum(module.weights for module in plan.modules)
-    return Estimate(seconds_at(total, runs), depths[: len(runs)])
+    why_whole = _why_whole(source, recipe)
+    return Estimate(
+        seconds=seconds_at(total, runs),
+        layers=depths[: len(runs)],
+        peak_bytes=None if why_whole else measured["peak_bytes"],
+        why_no_memory=why_whole,
+    )
 
 
 def depths_to_measure(layers: int, weights: float) -> tuple[int, ...]:
@@ -105,7 +118,19 @@ def seconds_at(total: int, runs: list[dict[str, Any]]) -> float:
     return float(intercept + slope * total) if slope > 0 else max(seconds)
 
 
-def _measure(source: ModelSource, folder: Path, depths: tuple[int, ...], recipe: Path) -> list[dict[str, Any]]:
+def _why_whole(source: ModelSource, recipe: Path) -> str | None:
+    """Why the model is held whole, or None if it is streamed; of a model that is not here the recipe decides."""
+    from srd_modifier.quantizing import load_recipe
+    from srd_modifier.streaming.run import StreamedModel
+    from srd_modifier.streaming.suitable import why_recipe_unsuitable
+
+    loaded = load_recipe(recipe)
+    if source.has_weights:
+        return StreamedModel(source, loaded).unsuitable
+    return why_recipe_unsuitable(loaded)
+
+
+def _measure(source: ModelSource, folder: Path, depths: tuple[int, ...], recipe: Path) -> dict[str, Any]:
     models = [write_miniature(source, depth, folder / f"model-{depth}") for depth in depths]
     jobs = [{"model": str(model), "output": str(folder / f"output-{model.name}")} for model in models]
     order = {"recipe": str(recipe.absolute()), "seconds": SECONDS, "jobs": jobs}
@@ -120,7 +145,7 @@ def _measure(source: ModelSource, folder: Path, depths: tuple[int, ...], recipe:
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines:
         raise SRDError(f"the probe failed: {(done.stderr.strip().splitlines() or ['it printed nothing'])[-1]}")
-    measured = json.loads(lines[-1])
+    measured: dict[str, Any] = json.loads(lines[-1])
     if measured["error"]:
         raise SRDError(f"the probe failed: {measured['error']}")
-    return list(measured["runs"])
+    return measured

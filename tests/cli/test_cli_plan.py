@@ -38,7 +38,7 @@ def test_a_budget_is_shown_as_the_most(srd, model):
     shown = srd("plan", model, "--recipe", RECIPES / "srd_budget.yaml").stdout
     assert "at most 5.500" in shown
     assert "up to 14" in shown
-    assert "time is not estimated: the recipe calibrates" in shown
+    assert "time and memory are not estimated: the recipe calibrates" in shown
 
 
 @pytest.mark.slow
@@ -46,6 +46,7 @@ def test_the_installed_command(srd_process, model):
     done = srd_process("plan", model, "--recipe", RECIPES / "srd_full.yaml")
     assert (done.status, done.stderr) == (0, "")
     assert "time on this machine: about " in done.stdout
+    assert "memory at its peak: about 0." in done.stdout
 
 
 # faults: one sentence each

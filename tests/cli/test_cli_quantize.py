@@ -53,7 +53,8 @@ def test_defaults_are_those_of_the_library(srd, calls, finished_checkpoint):
 
 
 def test_every_option_arrives(srd, calls, finished_checkpoint):
-    options = "--dataset self --num-samples 7 --max-seq-length 33 --seed 5 --pipeline sequential --overwrite"
+    options = "--dataset self --num-samples 7 --max-seq-length 33 --seed 5 --pipeline sequential --overwrite --resume"
+    options += " --max-memory 6GB"
     srd("quantize", "model", "--recipe", "r.yaml", "--output", finished_checkpoint, *options.split())
     assert calls[0][-1] == {
         "dataset": "self",
@@ -62,7 +63,17 @@ def test_every_option_arrives(srd, calls, finished_checkpoint):
         "seed": 5,
         "pipeline": "sequential",
         "overwrite": True,
+        "resume": True,
+        "max_memory": 6_000_000_000,
     }
+
+
+@pytest.mark.parametrize("size", ["much", "5bpw", "-1GB"])
+def test_a_size_that_is_none(srd, calls, finished_checkpoint, size):
+    done = srd("quantize", "model", "--recipe", "r.yaml", "--output", finished_checkpoint, "--max-memory", size)
+    assert done.status == 1
+    assert f"--max-memory is '{size}', expected a size such as 8GB, 512MiB" in done.stderr
+    assert calls == []
 
 
 def test_the_pipelines_are_llm_compressors():

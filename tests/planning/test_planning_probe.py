@@ -1,20 +1,26 @@
-"""Time: how the probe chooses what to measure, and the line through what it found."""
+"""Time and memory: how the probe chooses what to measure, and what it makes of what it found."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from header_models import write_headers
-from random_models import make_mixture, save_model
+from random_models import make_llama, make_mixture, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.memory_curve import write_recipe
+from benchmarks.models import write_sharded
+from benchmarks.process import run
 from srd_modifier.errors import SRDError
 from srd_modifier.planning import probe
 from srd_modifier.planning.miniature import write_miniature
 from srd_modifier.planning.plan import plan
 from srd_modifier.planning.probe import depths_to_measure, seconds_at
 from srd_modifier.planning.source import read_source
+from srd_modifier.quantizing import load_recipe
+from srd_modifier.streaming.run import StreamedModel
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -126,3 +132,33 @@ def test_a_probe_that_fails_says_why(small: Path, tmp_path: Path, monkeypatch: p
     assert planned.estimate is None
     assert planned.not_estimated is not None
     assert planned.not_estimated.startswith(f"the probe failed: cannot load {tmp_path / 'nothing-here'}")
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_the_quantization(tmp_path: Path) -> None:
+    model, recipe = write_sharded("smollm2-1.7b", tmp_path, layers=6), write_recipe(tmp_path / "recipe.yaml")
+    estimate = plan(str(model), recipe).estimate
+    assert estimate is not None
+    assert estimate.peak_bytes is not None
+    cost = run("benchmarks.memory_curve", ["--worker", str(model), str(recipe), str(tmp_path / "output")])
+    shutil.rmtree(tmp_path)  # a gigabyte
+    assert estimate.peak_bytes / 2**20 == pytest.approx(cost.peak_mb, rel=0.15)
+
+
+def test_no_memory_is_promised_of_a_model_that_is_held_whole(tmp_path: Path) -> None:
+    model = make_llama(hidden_size=128, intermediate_size=256, num_hidden_layers=2)
+    model.lm_head.weight.data.copy_(model.model.embed_tokens.weight.data)  # equal, and not tied: not streamed
+    directory = save_model(model, tmp_path / "model")
+    estimate = plan(str(directory), write_recipe(tmp_path / "recipe.yaml")).estimate
+    assert estimate is not None
+    assert estimate.peak_bytes is None
+    assert estimate.why_no_memory == "its output head equals its embedding, and is tied to it when it is saved"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_miniature_is_streamed_if_its_model_is(tied: bool, tmp_path: Path) -> None:
+    model = make_llama(hidden_size=128, intermediate_size=256, tie_word_embeddings=tied)
+    source = read_source(str(save_model(model, tmp_path / "model")))
+    short = read_source(str(write_miniature(source, 1, tmp_path / "short")))
+    recipe = write_recipe(tmp_path / "recipe.yaml")
+    assert [StreamedModel(one, load_recipe(recipe)).unsuitable for one in (source, short)] == [None, None]
