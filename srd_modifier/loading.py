@@ -6,6 +6,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from srd_modifier.checkpoint.locate import find_model
 from srd_modifier.errors import SRDError
 
@@ -40,7 +42,7 @@ def loaded_model(name: str, parent: Path, *, max_memory: int | None = None) -> I
             else:
                 folder = tempfile.TemporaryDirectory(prefix=".srd-offload-", dir=parent, ignore_cleanup_errors=True)
                 model = _offloaded(name, limit, stack.enter_context(folder))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise SRDError(f"cannot load {name}: {' '.join(str(error).split())}") from error
         if getattr(model.config, "quantization_config", None) is not None:
             raise SRDError(f"{name} is quantized already; start from the original model")

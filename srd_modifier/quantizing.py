@@ -10,6 +10,7 @@ from srd_modifier._extras import require
 from srd_modifier.calibration import SELF, as_dataset, from_file, from_model
 from srd_modifier.checkpoint.atomic import new_directory, refuse_existing
 from srd_modifier.checkpoint.base_writer import MAX_FILE
+from srd_modifier.checkpoint.locate import find_model
 from srd_modifier.distributed import Ranks, launched, own_part
 from srd_modifier.errors import RecipeError, SRDError
 from srd_modifier.loading import load_tokenizer, loaded_model
@@ -136,9 +137,12 @@ def _stream(
     from srd_modifier.streaming.run import StreamedModel
 
     try:
-        streamed = StreamedModel(read_source(model_name, fetch_weights=True), recipe)
+        directory = find_model(model_name, fetch_weights=True)
     except SRDError as error:
-        return str(error)  # Transformers may yet load it, or has a message of its own
+        return str(error)  # Transformers has a message of its own
+    if not any(directory.glob("model*.safetensors")):
+        return "it has no safetensors files"
+    streamed = StreamedModel(read_source(model_name, fetch_weights=True), recipe)
     if streamed.unsuitable is None:
         tokenizer = load_tokenizer(model_name)
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -206,6 +206,18 @@ def test_a_finished_model_is_let_go(streamed, random_llama, recipe, output, monk
     assert [model() for model in models] == [None]
 
 
+def test_a_damaged_model_is_a_sentence(random_llama, recipe, output, text, tmp_path):
+    model = tmp_path / "damaged"
+    shutil.copytree(random_llama, model)
+    content = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(SRDError, match=r"model\.safetensors is truncated: its tensors end at byte"):
+        quantize(str(model), recipe(NEAREST), output)
+    with pytest.raises(SRDError, match=r"cannot load .*damaged: .*incomplete"):
+        quantize(str(model), recipe(GPTQ), output, dataset=text, **FEW)
+    assert not output.exists()
+
+
 def test_a_spool_directory_of_the_recipe_is_used_and_left_empty(random_llama, recipe, output, text, tmp_path):
     spool = tmp_path / "spool"
     spool.mkdir()

@@ -139,9 +139,8 @@ class CalibrationInputs:
                 continue  # no token came by, in any process
             moment = mine.get(name) or _Moment.empty(found[0][0], device, second_moments=self.second_moments)
             if any(other is moment for key, other in self._moments.items() if key not in members):
-                moment = _Moment(
-                    moment.total.clone(), 0
-                )  # another quantizer's modules share it, whose turn comes later
+                # another quantizer's modules share it, whose turn comes later
+                moment = _Moment(moment.total.clone(), 0)
             moment.tokens = sum(tokens for _, tokens in found)
             squares = moment.square_sums().clone()
             ranks.sum(squares)

@@ -160,7 +160,7 @@ def test_large_weights_are_encoded_in_blocks_of_rows_with_the_same_result(
         return directory_bytes(quantize(recipe, tmp_path / name, data=True))
 
     whole = run("whole")
-    monkeypatch.setattr("srd_modifier.modifier.capture._BLOCK_ENTRIES", 1000)  # 7 or 15 rows, which divide nothing
+    monkeypatch.setattr("srd_modifier.modifier.rounded._BLOCK_ENTRIES", 1000)  # 7 or 15 rows, which divide nothing
     assert run("blocks") == whole
 
 
