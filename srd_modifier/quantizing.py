@@ -142,7 +142,7 @@ def _stream(
         return str(error)  # Transformers has a message of its own
     if not any(directory.glob("model*.safetensors")):
         return "it has no safetensors files"
-    streamed = StreamedModel(read_source(model_name, fetch_weights=True), recipe)
+    streamed = StreamedModel(read_source(str(directory)), recipe)
     if streamed.unsuitable is None:
         tokenizer = load_tokenizer(model_name)
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -5,30 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from random_models import make_llama, save_model
-from streamed import differing
+from streamed import differing, scheme, srd, write_recipe
 
 from srd_modifier import loading
 from srd_modifier.errors import SRDError
 from srd_modifier.loading import load_tokenizer, loaded_model
 from srd_modifier.quantizing import quantize
 
-SCHEME = {
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
-        }
-    },
-    "ignore": ["lm_head"],
-}
 SRD = {"ignore": ["lm_head"], "residual_group_size": 32}
 RECIPES: dict[str, dict[str, Any]] = {
-    "gptq": {"SRDModifier": SRD, "GPTQModifier": SCHEME},
-    "nearest": {"SRDModifier": {**SCHEME, **SRD}},
-    "feedback": {"SRDModifier": {**SCHEME, **SRD, "base_rounding": "feedback", "rounding": "feedback"}},
-    "budget": {"SRDModifier": {**SCHEME, "correct": {"budget": "6bpw"}, "sensitivity_tokens": 64}},
+    "gptq": {"SRDModifier": SRD, "GPTQModifier": scheme()},
+    "nearest": {"SRDModifier": srd()},
+    "feedback": {"SRDModifier": srd(base_rounding="feedback", rounding="feedback")},
+    "budget": {"SRDModifier": {**scheme(), "correct": {"budget": "6bpw"}, "sensitivity_tokens": 64}},
 }
 SAMPLES = [[(7 * row + 3 * position) % 4000 + 1 for position in range(24)] for row in range(4)]
 
@@ -40,8 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_weights_on_the_disk_change_nothing_of_the_result(name: str, model: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({"quant_stage": {"quant_modifiers": RECIPES[name]}}, sort_keys=False))
+    recipe = write_recipe(tmp_path / "recipe.yaml", *RECIPES[name].items())
     outputs = [tmp_path / "out" / "memory", tmp_path / "out" / "disk"]
     for output, limit in zip(outputs, (None, 100_000), strict=True):
         quantize(str(model), recipe, output, dataset=SAMPLES, max_memory=limit)

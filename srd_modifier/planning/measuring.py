@@ -12,13 +12,10 @@ The first is then done once more, in this process, for the memory: a fork does n
 
 import json
 import os
-import re
 import sys
 import time
 from pathlib import Path
 from typing import Any
-
-_STATUS = Path("/proc/self/status")
 
 
 def main() -> None:
@@ -66,10 +63,11 @@ def _in_fork(job: dict[str, str], recipe: Path) -> dict[str, Any]:
 
 
 def _peak_bytes() -> int:
-    if _STATUS.is_file():
-        peak = re.search(r"^VmHWM:\s*(\d+) kB", _STATUS.read_text(encoding="ascii"), re.MULTILINE)
-        if peak is not None:
-            return 1024 * int(peak[1])
+    from srd_modifier.transformers.memory import peak_resident_bytes
+
+    peak = peak_resident_bytes()
+    if peak is not None:
+        return peak
     import resource  # where this is all there is; on Linux it counts what the process was before it ran this program
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

@@ -1,7 +1,7 @@
 """What a recipe does to the modules of a model without weights, and the tensors that would then be saved."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -204,18 +204,34 @@ def saved_layout(model: nn.Module) -> Layout:
     Args:
         model: with quantization parameters; on any device, the meta device too.
     """
-    saved: Layout = {}
+    return {tensor: place for _, _, layout in saved_by_module(model) for tensor, place in layout.items()}
+
+
+def saved_by_module(model: nn.Module) -> Iterator[tuple[str, nn.Module, Layout]]:
+    """Every module that has tensors, with its name and those of its tensors that are saved.
+
+    Of a tied tensor the module that comes first has it, so that another one may have none left.
+    """
     seen: set[int] = set()
     for name, module in model.named_modules():
+        tensors = direct_tensors(module)
+        if not tensors:
+            continue
         prefix = f"{name}." if name else ""
-        packed = getattr(module, "quantization_scheme", None) is not None
+        packed = is_packed(module)
+        layout: Layout = {}
         if packed:
-            saved |= {prefix + suffix: place for suffix, place in packed_layout(module).items()}
-        for suffix, tensor in direct_tensors(module).items():
+            layout |= {prefix + suffix: place for suffix, place in packed_layout(module).items()}
+        for suffix, tensor in tensors.items():
             if id(tensor) not in seen and (suffix == "bias" or not packed):
                 seen.add(id(tensor))
-                saved[prefix + suffix] = (tensor.dtype, tuple(tensor.shape))
-    return saved
+                layout[prefix + suffix] = (tensor.dtype, tuple(tensor.shape))
+        yield name, module, layout
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether a module's weight is saved quantized."""
+    return getattr(module, "quantization_scheme", None) is not None
 
 
 def direct_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -234,7 +250,7 @@ def _skipped(model: nn.Module, quantizers: list[Any]) -> dict[str, str]:
     head = model.get_output_embeddings()  # type: ignore[operator]
     skipped = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | nn.Embedding) or getattr(module, "quantization_scheme", None) is not None:
+        if not isinstance(module, nn.Linear | nn.Embedding) or is_packed(module):
             continue
         if module is head:
             skipped[name] = HEAD

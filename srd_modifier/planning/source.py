@@ -46,17 +46,16 @@ class ModelSource:
     other_bytes: int
 
 
-def read_source(name: str, *, fetch_weights: bool = False) -> ModelSource:
+def read_source(name: str) -> ModelSource:
     """Read the headers of a model directory, or ask the hub for those of a model that is not in the local cache.
 
-    Of a hub model config.json is fetched, and the headers by requests for a part of each file; with `fetch_weights`
-    the files themselves.
+    Of a hub model config.json is fetched, and the headers by requests for a part of each file.
 
     Raises:
         SRDError: there is no such model, it is quantized already, or the hub cannot be asked.
         CheckpointError: its files are damaged or are not safetensors.
     """
-    directory = find_model(name, fetch_weights=fetch_weights)
+    directory = find_model(name)
     if read_model_config(directory).get("quantization_config") is not None:
         raise SRDError(f"{name} is quantized already; start from the original model")
     if as_path(name).is_dir() or any((directory / file).is_file() for file in _WEIGHTS):

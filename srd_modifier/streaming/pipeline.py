@@ -156,7 +156,7 @@ class LayerByLayer:
             return False
         corrected = [name for name, _ in step.quantized if name in self._formats]
         intact = (
-            set(record.base) == step.saved()
+            set(record.base) == step.saved
             and set(record.residual) == set(corrected)
             and all(self._base.holds(tensor, digest) for tensor, digest in record.base.items())
         )

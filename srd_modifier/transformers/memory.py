@@ -32,13 +32,18 @@ def resident_bytes() -> int | None:
     return _status("VmRSS")
 
 
+def peak_resident_bytes() -> int | None:
+    """The most bytes of this process that were in memory at once, or None where the system does not tell."""
+    return _status("VmHWM")
+
+
 @contextmanager
 def peak_resident() -> Generator[Peak, None, None]:
     """Measure the peak during a block: the kernel's own, or where it cannot be reset, the highest of many samples."""
     peak = Peak()
     if _reset_peak():
         yield peak
-        peak.resident_bytes = _status("VmHWM")
+        peak.resident_bytes = peak_resident_bytes()
         return
     samples, ended = [resident_bytes()], threading.Event()
 

@@ -39,7 +39,7 @@ def hub(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[st
             return SimpleNamespace(siblings=files)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr("srd_modifier.planning.source.find_model", lambda name, **options: tmp_path / "snapshot")
+    monkeypatch.setattr("srd_modifier.planning.source.find_model", lambda name: tmp_path / "snapshot")
     return asked
 
 

@@ -41,7 +41,7 @@ def steps(folder: Path, model: Any, recipe: tuple[str, dict[str, Any]]) -> tuple
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_saved_tensor_is_in_one_step(model: str, recipe: str, tmp_path: Path) -> None:
     found, skeleton = steps(tmp_path, MODELS[model](), RECIPES[recipe])
-    tensors = Counter(name for step in found for name in step.saved())
+    tensors = Counter(name for step in found for name in step.saved)
     assert tensors == Counter(list(saved_layout(skeleton)))
 
 

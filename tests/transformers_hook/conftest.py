@@ -168,58 +168,47 @@ def float32_checkpoint(quantize, group_scheme, tmp_path_factory) -> Path:
     return quantize(recipe, directory.with_name("model"), model=directory)
 
 
+def corrected(quantize, group_scheme, original: Path, ignore: list[str]) -> Path:
+    """The checkpoint of a saved model, every module but those ignored with a residual."""
+    from srd_modifier import SRDModifier
+
+    recipe = SRDModifier(config_groups=group_scheme(32), ignore=ignore, residual_group_size=GROUP)
+    return quantize(recipe, original.with_name("model"), model=original)
+
+
 @pytest.fixture(scope="session")
 def mixture_checkpoint(quantize, group_scheme, tmp_path_factory) -> Path:
     """A Qwen3 mixture of experts: two layers of four experts, random weights."""
-    from srd_modifier import SRDModifier
-
-    model = save_model(make_mixture(num_experts=4), tmp_path_factory.mktemp("mixture") / "original")
-    ignore = ["lm_head", "re:.*mlp.gate$"]
-    recipe = SRDModifier(config_groups=group_scheme(32), ignore=ignore, residual_group_size=GROUP)
-    return quantize(recipe, model.with_name("model"), model=model)
+    original = save_model(make_mixture(num_experts=4), tmp_path_factory.mktemp("mixture") / "original")
+    return corrected(quantize, group_scheme, original, ignore=["lm_head", "re:.*mlp.gate$"])
 
 
 @pytest.fixture(scope="session")
 def routed_checkpoint(quantize, group_scheme, tmp_path_factory) -> Path:
     """A Qwen3 mixture of experts whose weights are large enough for W4 to change what it says."""
-    from srd_modifier import SRDModifier
-
-    model = save_model(make_routed_mixture(), tmp_path_factory.mktemp("routed") / "original")
-    ignore = ["lm_head", "re:.*mlp.gate$"]
-    recipe = SRDModifier(config_groups=group_scheme(32), ignore=ignore, residual_group_size=GROUP)
-    return quantize(recipe, model.with_name("model"), model=model)
+    original = save_model(make_routed_mixture(), tmp_path_factory.mktemp("routed") / "original")
+    return corrected(quantize, group_scheme, original, ignore=["lm_head", "re:.*mlp.gate$"])
 
 
 @pytest.fixture(scope="session")
 def gemma4_checkpoint(quantize, group_scheme, tmp_path_factory) -> Path:
     """A Gemma 4 mixture of experts, whose stacks Transformers knows and whose single experts it does not."""
-    from srd_modifier import SRDModifier
-
-    model = save_model(make_gemma4_mixture(), tmp_path_factory.mktemp("gemma4") / "original")
-    ignore = ["lm_head", "re:.*router"]
-    recipe = SRDModifier(config_groups=group_scheme(32), ignore=ignore, residual_group_size=GROUP)
-    return quantize(recipe, model.with_name("model"), model=model)
+    original = save_model(make_gemma4_mixture(), tmp_path_factory.mktemp("gemma4") / "original")
+    return corrected(quantize, group_scheme, original, ignore=["lm_head", "re:.*router"])
 
 
 @pytest.fixture(scope="session")
 def gemma4_images_checkpoint(quantize, group_scheme, tmp_path_factory) -> Path:
     """The text part of a Gemma 4 that also takes images."""
-    from srd_modifier import SRDModifier
-
-    model = save_model(make_gemma4_with_images(), tmp_path_factory.mktemp("images") / "original")
-    ignore = ["lm_head", "re:.*router", "re:.*vision"]
-    recipe = SRDModifier(config_groups=group_scheme(32), ignore=ignore, residual_group_size=GROUP)
-    return quantize(recipe, model.with_name("model"), model=model)
+    original = save_model(make_gemma4_with_images(), tmp_path_factory.mktemp("images") / "original")
+    return corrected(quantize, group_scheme, original, ignore=["lm_head", "re:.*router", "re:.*vision"])
 
 
 @pytest.fixture(scope="session")
 def gemma4_e2b_checkpoint(quantize, group_scheme, tmp_path_factory) -> Path:
     """A dense Gemma 4 in the layout of the E2B."""
-    from srd_modifier import SRDModifier
-
-    model = save_model(make_gemma4_e2b(), tmp_path_factory.mktemp("e2b") / "original")
-    recipe = SRDModifier(config_groups=group_scheme(32), ignore=["lm_head"], residual_group_size=GROUP)
-    return quantize(recipe, model.with_name("model"), model=model)
+    original = save_model(make_gemma4_e2b(), tmp_path_factory.mktemp("e2b") / "original")
+    return corrected(quantize, group_scheme, original, ignore=["lm_head"])
 
 
 # --- without the plugin
