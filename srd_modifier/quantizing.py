@@ -1,23 +1,29 @@
 """One call from a model and a recipe to a whole checkpoint: what `srd quantize` and `srd demo` do."""
 
+import json
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srd_modifier._extras import require
 from srd_modifier.calibration import SELF, as_dataset, from_file, from_model
-from srd_modifier.checkpoint.atomic import new_directory, refuse_existing
+from srd_modifier.checkpoint.atomic import new_directory, refuse_existing, write_text
 from srd_modifier.checkpoint.base_writer import MAX_FILE
 from srd_modifier.checkpoint.locate import find_model
 from srd_modifier.distributed import Ranks, launched, own_part
 from srd_modifier.errors import RecipeError, SRDError
 from srd_modifier.loading import load_tokenizer, loaded_model
+from srd_modifier.resuming.suitable import why_not_resumable
+from srd_modifier.resuming.task import task_of
+from srd_modifier.resuming.workplace import Workplace, workplace
 
 if TYPE_CHECKING:
     from llmcompressor.recipe import Recipe
 
+# of the model itself, which take as long to write as they are many
+_SAMPLES = "samples.json"
 
 # what AWQModifier of llm-compressor 0.14.0.1 ends in on a machine with a CPU only
 _NO_ACCELERATOR = "Cannot access accelerator device when none is available"
@@ -57,7 +63,7 @@ def quantize(
         max_seq_length: tokens per sample.
         seed: of everything random: sampling, the choice of samples, shuffling.
         overwrite: replace an existing model directory; without `resume`, an unfinished one beside it too.
-        resume: go on where a streamed quantization to the same directory was cut off, if one was.
+        resume: go on where a quantization to the same directory was cut off, if one was.
         pipeline: of llm-compressor: independent, sequential, basic or datafree.
         max_memory: bytes that the weights of a model that is not streamed may take; the others stay on the disk. None
             is what is free, less 5 GB.
@@ -67,6 +73,7 @@ def quantize(
     """
     require("llmcompressor", extra="quantize")
     output = output.absolute()
+    samples = {"num_samples": num_samples, "max_seq_length": max_seq_length, "seed": seed}
     with launched() as ranks, ExitStack() as stack:
         with ranks.together():
             if ranks.first:
@@ -78,23 +85,30 @@ def quantize(
                 unsuitable = _stream(model_name, recipe_path, recipe, output, overwrite=overwrite, resume=resume)
                 if unsuitable is None:
                     return
-            if resume:
-                raise SRDError(f"{model_name} is not written layer by layer, so leave --resume out: {unsuitable}")
-            _seed(seed)
             output.parent.mkdir(parents=True, exist_ok=True)
-            model = stack.enter_context(_loaded(model_name, output.parent, ranks, max_memory))
+            place = None
+            reason = unsuitable if dataset is None else why_not_resumable(model_name, recipe, ranks)
+            if reason is None:
+                task = _task(model_name, recipe, dataset, pipeline, samples)
+                place = stack.enter_context(_calibrated_workplace(output, task, overwrite=overwrite, resume=resume))
+            elif resume:
+                raise SRDError(f"{model_name} cannot be resumed with this recipe, so leave --resume out: {reason}")
+            _seed(seed)
+            folder = output.parent if place is None else place.directory
+            model = stack.enter_context(_loaded(model_name, folder, ranks, max_memory))
             tokenizer = load_tokenizer(model_name)
         for modifier in _srd_modifiers(recipe):
-            modifier.spool_dir = modifier.spool_dir or str(output.parent)
+            modifier.spool_dir = modifier.spool_dir or str(folder)
             # data that was given is used, if only for importance.safetensors
             modifier.requires_calibration_data |= dataset is not None and modifier.quantizes_itself
-        data = _calibration(
-            dataset, model, tokenizer, ranks, num_samples=num_samples, max_seq_length=max_seq_length, seed=seed
-        )
+            if place is not None:
+                modifier.resume_in(place)
+        data = _calibration(dataset, model, tokenizer, ranks, place, **samples)
         try:
             with ranks.watched():
-                _oneshot(recipe_path, model=model, tokenizer=tokenizer, recipe=recipe, pipeline=pipeline, **data)
-                _save(model, tokenizer, output, ranks, overwrite=overwrite)
+                with _resumed(recipe) if resume else nullcontext():
+                    _oneshot(recipe_path, model=model, tokenizer=tokenizer, recipe=recipe, pipeline=pipeline, **data)
+                _save(model, tokenizer, output, ranks, place, overwrite=overwrite)
         finally:
             for modifier in _srd_modifiers(recipe):
                 modifier.close()
@@ -106,13 +120,46 @@ def _seed(seed: int) -> None:
     transformers.set_seed(seed)
 
 
-def _save(model: Any, tokenizer: Any, output: Path, ranks: Ranks, *, overwrite: bool) -> None:
+def _task(
+    model_name: str,
+    recipe: "Recipe",
+    dataset: str | Sequence[Sequence[int]] | None,
+    pipeline: str,
+    samples: dict[str, int],
+) -> dict[str, str]:
+    """What a calibrated quantization is made of; its data are compared when they are read."""
+    others = {"pipeline": pipeline}
+    if dataset == SELF:  # read once, and kept
+        others["calibration data"] = f"{SELF} {samples}"
+    return task_of(find_model(model_name, fetch_weights=True), recipe, **others)
+
+
+def _calibrated_workplace(
+    output: Path, task: dict[str, str], *, overwrite: bool, resume: bool
+) -> AbstractContextManager[Workplace[Any]]:
+    from srd_modifier.modifier.finished import FinishedStep
+
+    return workplace(output, task, FinishedStep.parse, overwrite=overwrite, resume=resume)
+
+
+def _resumed(recipe: "Recipe") -> AbstractContextManager[None]:
+    """For a calibration that is resumed: what it need not do again."""
+    from srd_modifier.modifier.passes import without_idle_passes
+
+    return without_idle_passes(_srd_modifiers(recipe)[0].is_idle)
+
+
+def _save(
+    model: Any, tokenizer: Any, output: Path, ranks: Ranks, place: Workplace[Any] | None, *, overwrite: bool
+) -> None:
     """Save model and tokenizer in one step; every process takes part, and the first writes."""
     with ExitStack() as stack:
         directory = output
         with ranks.together():
             if ranks.first:
                 directory = stack.enter_context(new_directory(output, overwrite=overwrite))
+                if place is not None:
+                    place.note_staging(directory)
         model.save_pretrained(str(directory), save_compressed=True, max_shard_size=MAX_FILE)
         with ranks.together():
             if ranks.first:
@@ -244,7 +291,12 @@ def _loaded(name: str, parent: Path, ranks: Ranks, max_memory: int | None) -> Ab
 
 
 def _calibration(
-    dataset: str | Sequence[Sequence[int]] | None, model: Any, tokenizer: Any, ranks: Ranks, **settings: int
+    dataset: str | Sequence[Sequence[int]] | None,
+    model: Any,
+    tokenizer: Any,
+    ranks: Ranks,
+    place: Workplace[Any] | None,
+    **settings: int,
 ) -> dict[str, Any]:
     """The arguments of `oneshot` that concern data; the same samples in every process, which takes its part of them."""
     if dataset is None:
@@ -254,7 +306,8 @@ def _calibration(
         if ranks.first and isinstance(dataset, str) and not _is_own(dataset):
             _check_known(dataset)
         elif ranks.first:
-            samples = _samples(dataset, model, tokenizer, **settings)
+            kept = None if place is None or dataset != SELF else place.directory / _SAMPLES
+            samples = _samples(dataset, model, tokenizer, kept, **settings)
     samples = ranks.from_first(samples)
     common: dict[str, Any] = {
         "max_seq_length": settings["max_seq_length"],
@@ -272,14 +325,24 @@ def _is_own(dataset: str) -> bool:
     return dataset == SELF or bool(Path(dataset).suffix) or Path(dataset).exists()
 
 
-def _samples(dataset: str | Sequence[Sequence[int]], model: Any, tokenizer: Any, **settings: int) -> list[list[int]]:
-    """Token ids: as they are given, from the model itself, or from a file."""
+def _samples(
+    dataset: str | Sequence[Sequence[int]], model: Any, tokenizer: Any, kept: Path | None, **settings: int
+) -> list[list[int]]:
+    """Token ids: as they are given, from the model itself, or from a file.
+
+    Those of the model are kept in a file, if one is given, and read from it where it is there.
+    """
     if not isinstance(dataset, str):
         if not dataset or min(map(len, dataset)) < 2:
             raise SRDError("there is no text to calibrate on: samples are of two token ids or more")
         return [list(sample) for sample in dataset]
     if dataset == SELF:
-        return from_model(model, tokenizer, **settings)
+        if kept is not None and kept.is_file():
+            return json.loads(kept.read_text(encoding="utf-8"))
+        samples = from_model(model, tokenizer, **settings)
+        if kept is not None:
+            write_text(kept, json.dumps(samples))
+        return samples
     return from_file(Path(dataset), tokenizer, **settings)
 
 

@@ -113,7 +113,7 @@ def new_file(target: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-        _flush(target.absolute().parent)
+        flush(target.absolute().parent)
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
@@ -143,7 +143,7 @@ def flush_tree(directory: Path) -> None:
     """Flush every file and directory below `directory` to the disk, together: a journal commits them at once."""
     paths = [path for path in directory.rglob("*") if not path.is_symlink()]
     with ThreadPoolExecutor(max_workers=8) as pool:
-        list(pool.map(_flush, [*paths, directory]))
+        list(pool.map(flush, [*paths, directory]))
 
 
 def sibling(target: Path) -> Path:
@@ -152,7 +152,8 @@ def sibling(target: Path) -> Path:
     return target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or a directory's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -172,7 +173,7 @@ def _swap(staging: Path, target: Path) -> None:
             replaced.rename(target)
             raise
         shutil.rmtree(replaced, ignore_errors=True)
-    _flush(target.absolute().parent)
+    flush(target.absolute().parent)
 
 
 def _merge(staging: Path, target: Path, *, keep_others: bool = True) -> None:

@@ -20,6 +20,7 @@ from srd_modifier.modifier.candidates import DEFAULT_CANDIDATES
 from srd_modifier.modifier.capture import CorrectedModule, ResidualCapture
 from srd_modifier.modifier.companion import CompanionFile, every_batch
 from srd_modifier.modifier.events import observe
+from srd_modifier.modifier.finished import FinishedStep, FinishedSteps
 from srd_modifier.modifier.plan import (
     QuantizedModule,
     check_budget,
@@ -35,6 +36,7 @@ from srd_modifier.modifier.plan import (
 from srd_modifier.modifier.saving import install_save
 from srd_modifier.residual import ResidualFormat
 from srd_modifier.residual.calibrated import DEFAULT_BALANCE, check_balance
+from srd_modifier.resuming.workplace import Workplace
 from srd_modifier.selection.budget import Budget
 from srd_modifier.selection.choice import budget_of, check_choice
 from srd_modifier.selection.patterns import pattern_value
@@ -113,6 +115,7 @@ class SRDModifier(QuantizationModifier):
     spool_dir: str | None = Field(None, exclude=True)
 
     _capture: ResidualCapture | None = PrivateAttr(None)
+    _finished: FinishedSteps | None = PrivateAttr(None)
     _quantizing: bool = PrivateAttr(False)
     _quantized: dict[nn.Module, QuantizedModule] = PrivateAttr(default_factory=dict)
     _model: nn.Module | None = PrivateAttr(None)
@@ -223,6 +226,18 @@ class SRDModifier(QuantizationModifier):
         """Whether this modifier quantizes, instead of the one that follows it."""
         return self.scheme is not None or self.config_groups is not None
 
+    def resume_in(self, place: Workplace[FinishedStep]) -> None:
+        """Keep on the disk what calibration finishes, and go on behind what is there; for one process, before it runs.
+
+        Args:
+            place: for the first SRDModifier of the recipe; its steps were done by the same task.
+        """
+        self._finished = FinishedSteps(place)
+
+    def is_idle(self, modules: Iterable[nn.Module]) -> bool:
+        """Whether calibration is resumed, and none of these modules is still to be calibrated."""
+        return self._capture is not None and self._capture.is_idle(modules)
+
     # life cycle
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
@@ -331,17 +346,31 @@ class SRDModifier(QuantizationModifier):
     def calibration_starts(self, quantizer: Modifier) -> None:
         """Measure the sensitivity, sum the inputs of the quantizer's modules, reserve the disk space if need be."""
         assert self._capture is not None
+        self._capture.check_data(self._calibration)
         self._capture.measure_damage()
         if _overwrites_weights(quantizer) or self._capture.by_inputs:
             self._capture.reserve(Path(self.spool_dir) if self.spool_dir else None)
+        self._capture.find_finished()
         for module in self._capture.watch(self._own(quantizer, self._quantized)):
-            self.register_hook(module, partial(self._add_inputs, self._quantized[module].name), "forward_pre")
+            if not self.is_finished(module):
+                self.register_hook(module, partial(self._add_inputs, self._quantized[module].name), "forward_pre")
+
+    def is_finished(self, module: nn.Module) -> bool:
+        """Whether a killed calibration has quantized a module, which is put back instead."""
+        return self._capture is not None and self._capture.is_finished(module)
+
+    def restore(self, quantizer: Modifier, modules: Sequence[nn.Module]) -> list[nn.Module]:
+        """Put finished modules back, and return the others."""
+        assert self._capture is not None
+        self._capture.settle_weights()
+        own = self._own(quantizer, modules)
+        restored = set(own) if self._capture.restore(own, balance=self._balance(quantizer)) else set()
+        return [module for module in modules if module not in restored]
 
     def before_quantizing(self, quantizer: Modifier, modules: Sequence[nn.Module]) -> None:
         """Keep the originals of a layer that is about to be overwritten."""
         assert self._capture is not None
         self._quantizing = True
-        self._capture.settle_weights()
         own = self._own(quantizer, modules)
         self._capture.gather_inputs(own)
         overwritten = _overwrites_weights(quantizer)
@@ -357,8 +386,12 @@ class SRDModifier(QuantizationModifier):
         with self._capture.ranks.together():
             for module in own:
                 check_scale(self._quantized[module].name, module)
-        balance = self.balance if quantizer is self and self.base_rounding == "feedback" else None
-        self._capture.after_quantizing(own, type(quantizer).__name__, balance=balance)
+        self._capture.after_quantizing(
+            own,
+            type(quantizer).__name__,
+            overwritten=_overwrites_weights(quantizer),
+            balance=self._balance(quantizer),
+        )
 
     def calibration_ends(self, quantizer: Modifier) -> None:
         """Stop summing inputs."""
@@ -400,6 +433,10 @@ class SRDModifier(QuantizationModifier):
         found = (self._quantized.get(module) for module in modules)
         return [entry.module for entry in found if entry is not None and entry.quantizer is quantizer]
 
+    def _balance(self, quantizer: Modifier) -> float | None:
+        """That of error feedback where this modifier quantizes by it."""
+        return self.balance if quantizer is self and self.base_rounding == "feedback" else None
+
     def _may_correct(self) -> list[str]:
         return sorted(self.resolved_targets) if self.quantizes_itself else list(self.targets)
 
@@ -410,7 +447,7 @@ class SRDModifier(QuantizationModifier):
             return first._capture
         ranks = Ranks.current()
         check_parts(state.data.calib, ranks)
-        return ResidualCapture(state.model, ranks)
+        return ResidualCapture(state.model, ranks, first._finished)
 
 
 def _overwrites_weights(quantizer: Modifier) -> bool:

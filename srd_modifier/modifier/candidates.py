@@ -1,5 +1,6 @@
 """Residuals that wait on the disk: until the budget has chosen one of several per module, or until they are sent."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from srd_modifier.checkpoint.atomic import flush
 from srd_modifier.checkpoint.sensitivity import ModuleSensitivity
 from srd_modifier.checkpoint.writer import ResidualEntry
 from srd_modifier.errors import CheckpointError
+from srd_modifier.evaluation.digest import file_digest
 from srd_modifier.residual import EncodedResidual, ResidualFormat
 
 DEFAULT_CANDIDATES: tuple[ResidualFormat, ...] = (
@@ -30,6 +33,11 @@ class StoredCandidate:
     sensitivity: ModuleSensitivity
 
 
+def file_of(directory: Path, module: str) -> Path:
+    """The file of a module in a directory; a module's name may be no file's."""
+    return directory / f"{hashlib.sha256(module.encode()).hexdigest()[:32]}.safetensors"
+
+
 class ResidualSpool:
     """Encoded residuals, one or more of each module, in a file per module.
 
@@ -39,7 +47,6 @@ class ResidualSpool:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._numbers: dict[str, int] = {}
 
     def put(self, module: str, encoded: Sequence[EncodedResidual]) -> None:
         """Store the residuals of a module.
@@ -47,7 +54,6 @@ class ResidualSpool:
         Raises:
             CheckpointError: the disk is full.
         """
-        self._numbers[module] = len(self._numbers)
         tensors = {
             f"{i}.{suffix}": tensor.cpu().contiguous()
             for i, one in enumerate(encoded)
@@ -64,7 +70,7 @@ class ResidualSpool:
             return EncodedResidual(*(file.get_tensor(f"{number}.{suffix}") for suffix in suffixes))
 
     def _path(self, module: str) -> Path:
-        return self._directory / f"{self._numbers[module]:05d}.safetensors"
+        return file_of(self._directory, module)
 
 
 class CandidateStore(ResidualSpool):
@@ -94,6 +100,20 @@ class CandidateStore(ResidualSpool):
         self.candidates[module] = list(candidates)
         self.shapes[module] = shape
         self.put(module, encoded)
+
+    def digest(self, module: str) -> str:
+        """SHA-256 of a module's file, which is on the disk then."""
+        flush(self._path(module))
+        return file_digest(self._path(module))
+
+    def restore(self, module: str, shape: tuple[int, int], candidates: Sequence[StoredCandidate], digest: str) -> bool:
+        """Take a module as stored, if its file has this digest; False if it has another, or is missing."""
+        path = self._path(module)
+        if not path.is_file() or file_digest(path) != digest:
+            return False
+        self.candidates[module] = list(candidates)
+        self.shapes[module] = shape
+        return True
 
     def read(self, module: str, number: int) -> EncodedResidual:
         """One candidate of a module."""

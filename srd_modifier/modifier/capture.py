@@ -9,21 +9,23 @@ while the layer is calibrated. Either way W4 is what a loader will read back fro
 Where several processes calibrate together (`distributed`), each quantizes and encodes some of a layer's modules, those
 that share a second moment in the same process. Its residuals wait on its own disk until the first process, which alone
 writes the sidecar, asks for them.
+
+Where a killed calibration is to be resumed, every layer's results are put on the disk as it is finished (`finished`).
 """
 
 import hashlib
+import logging
 import mmap
 import shutil
 import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from compressed_tensors.compressors.base import BaseCompressor, compress_module
-from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.compressors.base import compress_module
 from compressed_tensors.distributed import replace_module_parallel
 from compressed_tensors.offload import get_execution_device, update_offload_parameter
 from compressed_tensors.quantization import QuantizationStatus
@@ -31,13 +33,14 @@ from compressed_tensors.utils import get_direct_state_dict
 from torch import Tensor, nn
 
 from srd_modifier.checkpoint.sensitivity import ModuleSensitivity, Sensitivity
-from srd_modifier.checkpoint.w4 import dequantize_w4, unpack_zero_points
 from srd_modifier.checkpoint.writer import ResidualEntry, SidecarWriter, tensor_bytes
 from srd_modifier.distributed import Ranks
 from srd_modifier.errors import CheckpointError, RecipeError
 from srd_modifier.modifier.allocation import allocate
+from srd_modifier.modifier.bases import base_state, dequantized, packed_base, put_back
 from srd_modifier.modifier.calibrated import encode_all, predict, quantize_module
 from srd_modifier.modifier.candidates import CandidateStore, ResidualSpool, StoredCandidate
+from srd_modifier.modifier.finished import FinishedModule, FinishedSteps
 from srd_modifier.modifier.inputs import CalibrationInputs
 from srd_modifier.modifier.rounded import encode_rounded
 from srd_modifier.residual import EncodedResidual, ResidualFormat
@@ -49,6 +52,8 @@ from srd_modifier.selection.sensitivity import OutputSensitivity
 _BASE_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point")
 _BASE_PARAMETERS = ("weight", "weight_scale", "weight_zero_point")
 _MAX_WAITING = 2
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,11 +81,15 @@ class ResidualCapture:
     Args:
         model: the model being quantized.
         ranks: the processes that quantize it.
+        finished: what one process keeps on the disk, to be resumed; None if nothing is.
     """
 
-    def __init__(self, model: nn.Module, ranks: Ranks | None = None) -> None:
+    def __init__(self, model: nn.Module, ranks: Ranks | None = None, finished: FinishedSteps | None = None) -> None:
         self.model = model
         self.ranks = ranks or Ranks()
+        self._finished_steps = finished
+        self._step_of: dict[nn.Module, str] = {}
+        self._calibrating = False
         self.modules: dict[nn.Module, CorrectedModule] = {}
         self._format: ResidualFormat | None = None
         self.alpha = 1.0
@@ -105,7 +114,8 @@ class ResidualCapture:
         self._finished = False
         self._background = ThreadPoolExecutor(max_workers=1, thread_name_prefix="srd-residual")
         self._storing: deque[Future[None]] = deque()
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._folders: list[str] = []
 
     def add(
@@ -154,12 +164,27 @@ class ResidualCapture:
         self.names |= modules
         self._measure = self._measure or measure
 
+    def check_data(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Once, before anything is calibrated: a killed calibration is resumed on the same data only.
+
+        Raises:
+            ResumeError: it was other data.
+        """
+        if self._finished_steps is not None and not self._calibrating:
+            self._finished_steps.check_data(batches)
+        self._calibrating = True
+
     def measure_damage(self) -> None:
         """Once, before the first calibration forward, when transforms before it have changed the weights."""
         if self._measure is None or self._output is not None:
             return
-        modules = {name: module for module, name in self.names.items() if isinstance(module, nn.Linear)}
-        self._output = self._measure(modules)
+        if self._finished_steps is not None:
+            self._output = self._finished_steps.sensitivity()
+        if self._output is None:
+            modules = {name: module for module, name in self.names.items() if isinstance(module, nn.Linear)}
+            self._output = self._measure(modules)
+            if self._finished_steps is not None:
+                self._finished_steps.keep_sensitivity(self._output)
 
     def watch(self, modules: Iterable[nn.Linear]) -> list[nn.Linear]:
         """Those of the modules whose inputs no other SRDModifier sums already."""
@@ -189,26 +214,144 @@ class ResidualCapture:
         with self.ranks.together():
             self._make_folder(parent)
         assert self._folder is not None
-        self._folders = self.ranks.gather(self._folder.name)
+        self._folders = self.ranks.gather(str(self._folder))
 
     def _make_folder(self, parent: Path | None) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix=".srd-residual-", dir=parent, ignore_cleanup_errors=True)
-        waiting = Path(self._folder.name) / "candidates"
+        if self._finished_steps is not None:
+            self._folder = self._finished_steps.directory
+        else:
+            self._temporary = tempfile.TemporaryDirectory(
+                prefix=".srd-residual-", dir=parent, ignore_cleanup_errors=True
+            )
+            self._folder = Path(self._temporary.name)
+        waiting = self._folder / "candidates"
         if self.budget is not None:
-            waiting.mkdir()
+            waiting.mkdir(exist_ok=True)
             self._candidates = CandidateStore(waiting)
         elif self.ranks.first:
-            self._begin_sidecar()
+            self._begin_sidecar(keep=self._finished_steps is not None)
         else:
             waiting.mkdir()
             self._spool = ResidualSpool(waiting)
 
-    def _begin_sidecar(self) -> None:
-        assert self._folder is not None
+    def _begin_sidecar(self, *, keep: bool) -> None:
+        directory = self._sidecar
+        if not keep:
+            shutil.rmtree(directory, ignore_errors=True)  # a killed process may have begun it
         entries = {
             c.name: ResidualEntry(c.module.out_features, c.module.in_features, c.format) for c in self.modules.values()
         }
-        self._writer = SidecarWriter(Path(self._folder.name) / "sidecar", entries)
+        self._writer = SidecarWriter(directory, entries, keep=keep)
+
+    @property
+    def _sidecar(self) -> Path:
+        assert self._folder is not None
+        return self._folder / "sidecar"
+
+    # what a killed process has finished
+
+    def find_finished(self) -> None:
+        """Find the modules whose results are on the disk, before the first calibration forward."""
+        if self._finished_steps is None or self._step_of:
+            return
+        modules = {name: module for module, name in self.names.items()}
+        for step, found in self._finished_steps.found().items():
+            if found is not None and all(self._holds(modules[name], one) for name, one in found.items()):
+                self._step_of |= {modules[name]: step for name in found}
+            else:
+                _log.warning("%s was written, but its bytes are not what was written; it is done again", step)
+
+    def _holds(self, module: nn.Module, one: FinishedModule) -> bool:
+        """Whether the disk holds the residual that was stored of a module, which counts as stored then."""
+        name, corrected = self.names[module], self.modules.get(module)
+        if corrected is None or not one.residual:
+            return True
+        if self._candidates is None:
+            return self._writer is not None and self._writer.restore(name, one.residual)
+        shape = (corrected.module.out_features, corrected.module.in_features)
+        return self._candidates.restore(name, shape, _stored(corrected, one.candidates), one.residual["candidates"])
+
+    def is_finished(self, module: nn.Module) -> bool:
+        """Whether a module's results are on the disk, so that it is not calibrated again."""
+        return module in self._step_of
+
+    def is_idle(self, modules: Iterable[nn.Module]) -> bool:
+        """Whether calibration is resumed, and none of these modules is still to be calibrated."""
+        if not self._step_of:
+            return False
+        return all(self.is_finished(module) for module in modules if module in self.names)
+
+    def restore(self, modules: Iterable[nn.Linear], *, balance: float | None) -> bool:
+        """Put the results of a layer's modules in their place; False if they are to be computed.
+
+        Args:
+            modules: that are quantized together.
+            balance: of error feedback, if they were quantized here.
+        """
+        steps = {self._step_of.get(module) for module in modules}
+        if self._finished_steps is None or steps in (set(), {None}):
+            return False
+        (step,) = steps
+        assert step is not None
+        finished = self._finished_steps.read(step)
+        for module in modules:
+            self._take(module, finished[self.names[module]], balance)
+        return True
+
+    def _take(self, module: nn.Linear, one: FinishedModule, balance: float | None) -> None:
+        name = self.names[module]
+        weight = put_back(module, one.base)
+        if weight is not None:
+            self._set_weight(module, weight, balance)
+            if balance is not None:
+                self._unsettled[module] = self.ranks.rank
+        if one.mean_square is not None:
+            self.inputs.restore(name, one.mean_square)
+        if one.encoded:
+            self._encoded.add(name)
+        if one.damage is not None:
+            self._damages[name] = one.damage
+        self.base_digests |= one.base_digests
+
+    def _keep(self, modules: Sequence[nn.Linear], packed: dict[nn.Module, dict[str, Tensor]]) -> None:
+        """Put the results of modules that were quantized together on the disk.
+
+        Args:
+            modules: one at least.
+            packed: their bases, where the quantizer changed the weights.
+        """
+        assert self._finished_steps is not None
+        step = self.names[modules[0]]
+        if self._finished_steps.is_kept(step):
+            return  # the quantizer is observed by two SRDModifiers
+        self._finish_storing()
+        corrected = [self.names[module] for module in modules if module in self.modules]
+        encoded = [name for name in corrected if name in self._encoded]
+        if self._writer is not None:
+            self._writer.flush(encoded)
+        finished = {self.names[module]: self._result(module, packed.get(module)) for module in modules}
+        self._finished_steps.keep(step, finished)
+
+    def _result(self, module: nn.Linear, packed: dict[str, Tensor] | None) -> FinishedModule:
+        name = self.names[module]
+        encoded = name in self._encoded
+        residual: dict[str, str] = {}
+        candidates: list[ModuleSensitivity] = []
+        if encoded and module in self.modules and self._candidates is not None:
+            residual = {"candidates": self._candidates.digest(name)}
+            candidates = [candidate.sensitivity for candidate in self._candidates.candidates[name]]
+        elif encoded and module in self.modules and self._writer is not None:
+            residual = self._writer.digests(name)
+        bases = (f"{name}.{suffix}" for suffix in _BASE_TENSORS)
+        return FinishedModule(
+            base=base_state(module, packed, self._quantized.get(module)),
+            mean_square=self.inputs.mean_square(name),
+            encoded=encoded,
+            residual=residual,
+            base_digests={base: self.base_digests[base] for base in bases if base in self.base_digests},
+            damage=self._damages.get(name),
+            candidates=candidates,
+        )
 
     # what the quantizers' events call
 
@@ -264,12 +407,15 @@ class ResidualCapture:
                     self.ranks.spread(parameter.data, owner=owner)
 
     @torch.no_grad()
-    def after_quantizing(self, modules: Iterable[nn.Linear], quantizer: str, *, balance: float | None = None) -> None:
+    def after_quantizing(
+        self, modules: Iterable[nn.Linear], quantizer: str, *, overwritten: bool, balance: float | None = None
+    ) -> None:
         """Encode what quantizing these modules lost, and release their originals and inputs.
 
         Args:
             modules: that were quantized, those included that get no residual.
             quantizer: its name, for errors.
+            overwritten: whether it changed the weights.
             balance: quantize the modules here first, with error feedback at this balance.
 
         Raises:
@@ -278,20 +424,28 @@ class ResidualCapture:
         """
         modules = list(modules)
         lost: dict[str, bool] = {}
+        bases: dict[nn.Module, dict[str, Tensor]] = {}
+        keeps = self._finished_steps is not None and overwritten
         with self.ranks.together():
             for module in modules:
                 if self._is_mine(module):
                     if balance is not None:
                         self._quantize_base(module, balance)
-                    if module in self._originals:
-                        something = self._encode_quantized(module)
-                        if module in self.modules:
-                            lost[self.names[module]] = something
+                    if module in self._originals or keeps:
+                        base = packed_base(module, self._quantized.get(module))
+                        if keeps:
+                            bases[module] = base
+                        if module in self._originals:
+                            something = self._encode_quantized(module, base)
+                            if module in self.modules:
+                                lost[self.names[module]] = something
                 self.inputs.release(self.names[module])
         if balance is not None:
             self._unsettled |= {module: self._assigned.get(module, 0) for module in modules}
             self._spread(self._unsettled)
         self._refuse_if_nothing_lost(self.ranks.merge(lost), quantizer)
+        if self._finished_steps is not None and modules:
+            self._keep(modules, bases)
 
     def _quantize_base(self, module: nn.Linear, balance: float) -> None:
         """Quantize a weight with error feedback.
@@ -299,21 +453,25 @@ class ResidualCapture:
         Until the next layer's turn it is `W4 + balance * (W - W4)`: the layers after this one are calibrated on the
         inputs that they will have, which with the residual are nearly the original ones.
         """
-        name, original = self.names[module], module.weight.detach()
+        name = self.names[module]
         try:
             quantized = quantize_module(module, self._hessian(name, module), balance)
         except ValueError as error:
             raise RecipeError(f"{name}: {error}") from error
-        self._quantized[module] = quantized.to(original.dtype)
-        update_offload_parameter(module, "weight", quantized.lerp(original.float(), balance).to(original.dtype))
+        self._set_weight(module, quantized, balance)
 
-    def _encode_quantized(self, module: nn.Linear) -> bool:
+    def _set_weight(self, module: nn.Linear, quantized: Tensor, balance: float | None) -> None:
+        """Replace an original weight by the quantized one `[out, in]`; with a balance, by their mixture at first."""
+        original = module.weight.detach()
+        if balance is None:
+            update_offload_parameter(module, "weight", quantized.to(original.dtype))
+            return
+        self._quantized[module] = quantized.to(original.dtype)
+        mixed = quantized.float().lerp(original.float(), balance)
+        update_offload_parameter(module, "weight", mixed.to(original.dtype))
+
+    def _encode_quantized(self, module: nn.Linear, packed: dict[str, Tensor]) -> bool:
         """Encode what was lost in a module whose original was kept; False if that is nothing."""
-        scheme = module.quantization_scheme
-        state = {name: tensor for name, tensor in get_direct_state_dict(module).items() if tensor is not None}
-        state["weight"] = self._quantized.get(module, state["weight"])
-        compressor = BaseCompressor.get_value_from_registry(infer_module_format(type(module), scheme).value)
-        packed = compressor.compress(state, scheme)
         original = self._originals.pop(module)
         return (self._encode_by_inputs if self.by_inputs else self._encode)(module, original, packed)
 
@@ -413,7 +571,7 @@ class ResidualCapture:
         self._damages |= {name: store.candidates[name][number].sensitivity for name, number in chosen.items()}
         with self.ranks.together():
             if self.ranks.first:
-                self._begin_sidecar()
+                self._begin_sidecar(keep=False)
         self._write({corrected.name: chosen[corrected.name] for corrected in self.modules.values()})
         self._finish()
 
@@ -469,14 +627,13 @@ class ResidualCapture:
 
     def files(self) -> list[Path]:
         """The finished files of the sidecar."""
-        assert self._folder is not None
-        return sorted((Path(self._folder.name) / "sidecar").iterdir())
+        return sorted(self._sidecar.iterdir())
 
     def close(self) -> None:
         """Remove what waits on the disk; nothing can be saved afterwards."""
         self._background.shutdown(cancel_futures=True)
-        if self._folder is not None:
-            self._folder.cleanup()
+        if self._temporary is not None:
+            self._temporary.cleanup()
         # a process that was killed left its own behind, on this machine or another
         for folder in self._folders if self.ranks.broken else ():
             shutil.rmtree(folder, ignore_errors=True)
@@ -509,9 +666,7 @@ class ResidualCapture:
     def _encode_by_inputs(self, module: nn.Linear, original: Tensor, packed: dict[str, Tensor]) -> bool:
         """Encode one module's residual under its Hessian, in every candidate format, and predict what each leaves."""
         name = self.names[module]
-        zero_points = unpack_zero_points(packed.get("weight_zero_point"), module.out_features)
-        base = dequantize_w4(packed["weight_packed"], packed["weight_scale"], zero_points, module.in_features)
-        residual = original.float() - base
+        residual = original.float() - dequantized(packed, module.out_features, module.in_features)
         corrected = self.modules.get(module)
         formats = () if corrected is None else corrected.candidates or (corrected.format,)
         try:
@@ -528,8 +683,7 @@ class ResidualCapture:
         if corrected is not None and corrected.candidates:
             assert self._candidates is not None
             shape = (module.out_features, module.in_features)
-            candidates = [StoredCandidate(*pair) for pair in zip(formats, sensitivities[1:], strict=True)]
-            self._candidates.write(name, shape, candidates, encoded)
+            self._candidates.write(name, shape, _stored(corrected, sensitivities[1:]), encoded)
             self._remember_base(name, packed)
         elif corrected is not None:
             self._store_soon(name, encoded[0], packed)
@@ -572,6 +726,11 @@ class ResidualCapture:
     def _finish_storing(self) -> None:
         while self._storing:
             self._storing.popleft().result()
+
+
+def _stored(corrected: CorrectedModule, sensitivities: Sequence[ModuleSensitivity]) -> list[StoredCandidate]:
+    """The candidates of a module with what each leaves."""
+    return [StoredCandidate(*pair) for pair in zip(corrected.candidates, sensitivities, strict=True)]
 
 
 def _copy(weight: Tensor) -> Tensor:

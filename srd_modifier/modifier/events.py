@@ -5,7 +5,8 @@ for its own events would have to copy the whole model before the quantizer begin
 own events instead, it holds the originals of one layer, and only while that layer is being quantized.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Protocol
 
@@ -18,6 +19,12 @@ class Observer(Protocol):
 
     def calibration_starts(self, quantizer: Modifier) -> None:
         """Before the quantizer's calibration forwards."""
+
+    def is_finished(self, module: nn.Module) -> bool:
+        """Whether a module is quantized already, so that it needs no calibration."""
+
+    def restore(self, quantizer: Modifier, modules: Sequence[nn.Module]) -> list[nn.Module]:
+        """The calibration forwards of these modules are done; put finished ones back, and return the others."""
 
     def before_quantizing(self, quantizer: Modifier, modules: Sequence[nn.Module]) -> None:
         """The weights of these modules are still original, and will be quantized next."""
@@ -43,10 +50,12 @@ def observe(quantizer: Modifier, observer: Observer) -> Callable[[], None]:
     @wraps(start)
     def on_calibration_start(*args: Any, **kwargs: Any) -> Any:
         observer.calibration_starts(quantizer)
-        return start(*args, **kwargs)
+        with _without_hooks(quantizer, observer.is_finished):
+            return start(*args, **kwargs)
 
     @wraps(epoch_end)
     def on_sequential_epoch_end(state: Any, event: Any, modules: Sequence[nn.Module], **kwargs: Any) -> Any:
+        modules = observer.restore(quantizer, modules)
         observer.before_quantizing(quantizer, modules)
         result = epoch_end(state, event, modules, **kwargs)
         observer.after_quantizing(quantizer, modules)
@@ -68,3 +77,22 @@ def observe(quantizer: Modifier, observer: Observer) -> Callable[[], None]:
                 object.__delattr__(quantizer, method.__name__)
 
     return undo
+
+
+@contextmanager
+def _without_hooks(quantizer: Modifier, finished: Callable[[nn.Module], bool]) -> Iterator[None]:
+    """Let a quantizer put no hooks on finished modules: it would calibrate them, and then quantize them."""
+    register, replaced = quantizer.register_hook, "register_hook" in vars(quantizer)  # by another observer
+
+    @wraps(register)
+    def register_hook(target: Any, *args: Any, **kwargs: Any) -> Any:
+        return None if finished(target) else register(target, *args, **kwargs)
+
+    object.__setattr__(quantizer, "register_hook", register_hook)
+    try:
+        yield
+    finally:
+        if replaced:
+            object.__setattr__(quantizer, "register_hook", register)
+        else:
+            object.__delattr__(quantizer, "register_hook")

@@ -181,6 +181,10 @@ class CalibrationInputs:
             self._released[name] = square.cpu()
         self._moments.pop(name, None)
 
+    def restore(self, name: str, mean_square: Tensor) -> None:
+        """Take the mean square of a module that was quantized before: float32 `[in]`."""
+        self._released[name] = mean_square
+
     def mean_squares(self) -> dict[str, Tensor]:
         """The mean squared input of every module that saw one: float32 `[in]` on the CPU."""
         names = [*self._released, *(name for name in self._moments if name not in self._released)]

@@ -14,10 +14,11 @@ from srd_modifier.checkpoint.base_writer import BaseWriter
 from srd_modifier.checkpoint.writer import SidecarWriter, tensor_bytes
 from srd_modifier.errors import RecipeError
 from srd_modifier.residual import ResidualFormat
-from srd_modifier.streaming.journal import Journal, Record
+from srd_modifier.resuming.journal import Journal
 from srd_modifier.streaming.layers import Step
 from srd_modifier.streaming.memory import give_back
 from srd_modifier.streaming.originals import Originals
+from srd_modifier.streaming.record import Record
 
 if TYPE_CHECKING:
     from llmcompressor.recipe import Recipe
@@ -56,7 +57,7 @@ class LayerByLayer:
         base: BaseWriter,
         sidecar: SidecarWriter | None,
         formats: Mapping[str, ResidualFormat],
-        journal: Journal,
+        journal: Journal[Record],
     ) -> None:
         self._originals = originals
         self._base = base

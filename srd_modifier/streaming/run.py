@@ -1,10 +1,8 @@
 """A model and a recipe without data to a checkpoint, one decoder layer in memory at a time."""
 
-import hashlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +15,13 @@ from srd_modifier.errors import RecipeError
 from srd_modifier.planning.modules import saved_layout
 from srd_modifier.planning.skeleton import build_skeleton
 from srd_modifier.planning.source import ModelSource
+from srd_modifier.resuming.task import task_of
+from srd_modifier.resuming.workplace import Workplace, workplace
 from srd_modifier.streaming.layers import Step, steps_of
 from srd_modifier.streaming.originals import Originals
 from srd_modifier.streaming.pipeline import LayerByLayer, life_cycle
+from srd_modifier.streaming.record import Record
 from srd_modifier.streaming.suitable import why_model_unsuitable, why_recipe_unsuitable
-from srd_modifier.streaming.workplace import Workplace, workplace
 
 if TYPE_CHECKING:
     from llmcompressor.recipe import Recipe
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from srd_modifier.modifier.capture import ResidualCapture
 
 _RESIDUAL = "residual"
-_LIBRARIES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "srd-modifier")
 
 
 class StreamedModel:
@@ -63,13 +62,14 @@ class StreamedModel:
         Raises:
             SRDError: recipe, model or output are at fault.
         """
+        task = task_of(self._directory, self._recipe)
         with (
-            workplace(output, self._task(), overwrite=overwrite, resume=resume) as place,
+            workplace(output, task, Record.parse, overwrite=overwrite, resume=resume) as place,
             life_cycle(self._model, self._recipe),
         ):
             self._write(place, output, tokenizer, overwrite=overwrite)
 
-    def _write(self, place: Workplace, output: Path, tokenizer: Any, *, overwrite: bool) -> None:
+    def _write(self, place: Workplace[Record], output: Path, tokenizer: Any, *, overwrite: bool) -> None:
         keep = bool(place.done)
         capture = _capture(self._recipe)
         steps = steps_of(self._model)
@@ -133,14 +133,6 @@ class StreamedModel:
         compressor.update_config(str(staging))
         update_and_save_recipe(self._model.name_or_path, str(staging))
         copy_python_files_from_model_cache(self._model, str(staging))
-
-    def _task(self) -> Mapping[str, str]:
-        return {
-            "model": self._files.fingerprint(),
-            "config.json": hashlib.sha256((self._directory / "config.json").read_bytes()).hexdigest(),
-            "recipe": hashlib.sha256(self._recipe.yaml().encode()).hexdigest(),
-            **{f"version of {library}": version(library) for library in _LIBRARIES},
-        }
 
 
 def _read_generation_config(model: Any, directory: Path) -> None:

@@ -117,3 +117,19 @@ def test_names_that_are_no_file_names(tmp_path):
         store.write(name, (3, 77), stored((fmt,)), encode_all(residual, (fmt,), hessian, name, None))
         assert store.read(name, 0).scale.shape == (3, 2)
     assert [path.name for path in Path(tmp_path).iterdir()] == ["candidates"]
+
+
+def test_what_another_process_stored_is_taken_if_it_is_the_same(tmp_path):
+    residual, hessian = make((24, 128))
+    encoded = encode_all(residual, DEFAULT_CANDIDATES, hessian, "a", None)
+    store = CandidateStore(tmp_path)
+    store.write("a", (24, 128), stored(DEFAULT_CANDIDATES), encoded)
+    digest = store.digest("a")
+    again = CandidateStore(tmp_path)
+    assert again.restore("a", (24, 128), stored(DEFAULT_CANDIDATES), digest)
+    assert again.entry("a", 3) == store.entry("a", 3)
+    assert torch.equal(again.read("a", 3).codes, store.read("a", 3).codes)
+    other = CandidateStore(tmp_path)
+    assert not other.restore("a", (24, 128), stored(DEFAULT_CANDIDATES), "0" * 64)
+    assert not other.restore("b", (24, 128), stored(DEFAULT_CANDIDATES), digest)
+    assert other.candidates == {}

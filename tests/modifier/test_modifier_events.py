@@ -1,9 +1,11 @@
 from typing import Any
 
 import pytest
+import torch
 from llmcompressor.core import Event, State
 from llmcompressor.core.events import EventType
 from llmcompressor.modifiers import Modifier
+from pydantic import PrivateAttr
 from torch import nn
 
 from srd_modifier.modifier.events import observe
@@ -12,13 +14,16 @@ CALLS: list[str] = []
 
 
 class Quantizer(Modifier):
-    """Writes down its events."""
+    """Writes down its events, and what its hook sees."""
+
+    _module: nn.Module = PrivateAttr(default_factory=lambda: nn.Linear(1, 1))
 
     def on_initialize(self, state: State, **kwargs: Any) -> bool:
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> str:
         CALLS.append("start")
+        self.register_hook(self._module, lambda *_: CALLS.append("hook"), "forward")
         return "started"
 
     def on_sequential_epoch_end(self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any) -> str:
@@ -33,11 +38,18 @@ class Quantizer(Modifier):
 class Observer:
     """Writes down what it is told, under its name."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *finished: nn.Module) -> None:
         self.name = name
+        self.finished = finished
 
     def calibration_starts(self, quantizer: Modifier) -> None:
         CALLS.append(f"{self.name}: calibration starts")
+
+    def is_finished(self, module: nn.Module) -> bool:
+        return module in self.finished
+
+    def restore(self, quantizer: Modifier, modules: list[nn.Module]) -> list[nn.Module]:
+        return [module for module in modules if module not in self.finished]
 
     def before_quantizing(self, quantizer: Modifier, modules: list[nn.Module]) -> None:
         CALLS.append(f"{self.name}: before {len(modules)}")
@@ -126,3 +138,24 @@ def test_a_quantizer_that_fails_is_not_reported_as_done(quantizer, monkeypatch):
     with pytest.raises(RuntimeError, match="no inputs"):
         calibrate(quantizer)
     assert CALLS == ["a: calibration starts", "start", "a: before 1"]
+
+
+def test_what_is_finished_is_neither_calibrated_nor_quantized(quantizer):
+    done, left = quantizer._module, nn.Linear(1, 1)
+    observe(quantizer, Observer("a", done))
+    observe(quantizer, Observer("b"))
+    calibrate(quantizer)
+    done(torch.zeros(1, 1))
+    assert "hook" not in CALLS
+    CALLS.clear()
+    quantizer.on_sequential_epoch_end(State(), Event(), [done, left])
+    assert {"quantize 1", "a: before 1", "a: after 1"} < set(CALLS)
+
+
+def test_hooks_are_put_on_everything_else_and_as_before_afterwards(quantizer):
+    observe(quantizer, Observer("a"))
+    observe(quantizer, Observer("b", nn.Linear(1, 1)))
+    calibrate(quantizer)
+    quantizer._module(torch.zeros(1, 1))
+    assert CALLS[-1] == "hook"
+    assert "register_hook" not in vars(quantizer)

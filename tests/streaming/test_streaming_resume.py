@@ -1,7 +1,4 @@
-"""A streamed quantization that is killed, wherever that is, and resumed ends in the same bytes, and leaves nothing.
-
-A forked child quantizes, and kills itself right before its k-th change to the file system, or in the middle of it.
-"""
+"""A streamed quantization that is killed, wherever that is, and resumed ends in the same bytes, and leaves nothing."""
 
 import json
 import logging
@@ -9,13 +6,12 @@ import os
 import random
 import shutil
 import signal
-import sys
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from killed import Quantization, die, flip, in_child
 from random_models import make_llama, save_model
 from streamed import contents, differing, scheme, srd, write_recipe
 
@@ -25,13 +21,12 @@ from srd_modifier.checkpoint.writer import SidecarWriter
 from srd_modifier.errors import CheckpointError
 from srd_modifier.modifier import rounded
 from srd_modifier.quantizing import quantize
-from srd_modifier.streaming.journal import Journal
+from srd_modifier.resuming.journal import Journal
+from srd_modifier.resuming.workplace import unfinished
 from srd_modifier.streaming.pipeline import LayerByLayer
-from srd_modifier.streaming.workplace import unfinished
 
 KILLS = 20
 STEPS = 7  # the embedding, four layers, the last norm, the head
-EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "shutil.copyfile"}
 TOO_LONG = 60
 
 MODIFIERS = (("SRDModifier", srd(weights={"symmetric": False}, rounding="stochastic", density=0.5)),)
@@ -57,111 +52,21 @@ def output(work: Path) -> Path:
     return work / "out" / "checkpoint"
 
 
-def in_child(run: Callable[[], object]) -> int:
-    """The wait status of a forked process that does some work."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        signal.alarm(TOO_LONG)  # a child that hangs must not hang the tests
-        os.fsync = lambda descriptor: None  # takes long, and a killed process loses nothing that it has written
-        try:
-            run()
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
-        os._exit(0)
-    return os.waitpid(child, 0)[1]
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def count_changes(folder: Path, change: Callable[[], bool]) -> None:
-    """Call `change` right before every change below a folder; if it returns True, die in the middle of that one."""
-    pwrite, write = os.pwrite, Journal._write
-
-    def half(descriptor: int, data: Any, offset: int) -> int:
-        if change():
-            pwrite(descriptor, data[: len(data) // 2], offset)
-            die()
-        return pwrite(descriptor, data, offset)
-
-    def half_line(self: Journal, line: str, mode: str) -> None:
-        if change():
-            with self.path.open(mode) as file:
-                file.write(line.encode()[: len(line) // 2])
-            die()
-        write(self, line, mode)
-
-    def audit(event: str, args: tuple[Any, ...]) -> None:
-        writing = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR) and str(args[0]).startswith(str(folder))
-        if (writing or event in EVENTS) and change():
-            die()
-
-    os.pwrite = half
-    Journal._write = half_line  # type: ignore[method-assign]
-    sys.addaudithook(audit)
+@pytest.fixture
+def quantization(llama: Path, recipe: Path, output: Path, expected: Path) -> Quantization:
+    return Quantization(llama, recipe, output, expected)
 
 
 @pytest.fixture
-def killed(llama: Path, recipe: Path, output: Path) -> Callable[..., bool]:
-    """Quantize in a child that dies at its `at`-th change; False if it was done before."""
-
-    def run(at: int, **options: Any) -> bool:
-        seen = 0
-
-        def change() -> bool:
-            nonlocal seen
-            seen += 1
-            return seen == at
-
-        def work() -> None:
-            count_changes(output.parent, change)
-            quantize(str(llama), recipe, output, **options)
-
-        status = in_child(work)
-        assert status in (0, signal.SIGKILL), "the quantization failed by itself"
-        return status != 0
-
-    return run
-
-
-@pytest.fixture
-def killed_in(llama: Path, recipe: Path, output: Path) -> Callable[..., None]:
+def killed_in(quantization: Quantization) -> Callable[..., None]:
     """Quantize in a child that dies when it calls a function for the n-th time."""
-
-    def run(owner: Any, name: str, call: int = 1, **options: Any) -> None:
-        function, calls = getattr(owner, name), 0
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == call:
-                die()
-            return function(*args, **kwargs)
-
-        def work() -> None:
-            setattr(owner, name, counted)
-            quantize(str(llama), recipe, output, **options)
-
-        assert in_child(work) == signal.SIGKILL
-
-    return run
+    return quantization.killed_in
 
 
 @pytest.fixture
-def resume(llama: Path, recipe: Path, output: Path, expected: Path) -> Callable[..., None]:
+def resume(quantization: Quantization) -> Callable[..., None]:
     """Go on in this process, and compare the whole directory."""
-
-    def run(**options: Any) -> None:
-        quantize(str(llama), recipe, output, resume=True, **options)
-        assert differing(output, expected) == []
-        assert [path.name for path in output.parent.iterdir()] == [output.name]
-
-    return run
+    return quantization.resume
 
 
 @pytest.fixture
@@ -178,63 +83,34 @@ def redone(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return steps
 
 
-def lines(output: Path) -> int:
-    """Whole lines of the journal."""
-    return (unfinished(output) / "finished.jsonl").read_bytes().count(b"\n")
-
-
-def clean(output: Path) -> None:
-    shutil.rmtree(output.parent)
-    output.parent.mkdir()
-
-
 # kills
 
 
-def changes(output: Path, killed: Callable[..., bool]) -> int:
-    """How many changes there are up to the one that moves everything to its place, by halving."""
-    first, last = 1, 2
-    while killed(last) and not output.exists():
-        clean(output)
-        first, last = last, 2 * last
-    clean(output)
-    while last - first > 1:
-        middle = (first + last) // 2
-        if killed(middle) and not output.exists():
-            first = middle
-        else:
-            last = middle
-        clean(output)
-    return first
-
-
-def test_a_kill_at_random_points(
-    output: Path, killed: Callable[..., bool], resume: Callable[..., None], redone: list[str]
-) -> None:
-    total = changes(output, killed)
+def test_a_kill_at_random_points(quantization: Quantization, redone: list[str]) -> None:
+    total = quantization.changes()
     assert total > 100
     begun = set()
     for point in sorted(random.Random(9).sample(range(1, total + 1), KILLS)):
-        assert killed(point), f"change {point} of {total} was never reached"
-        assert not output.exists()
-        done = max(0, lines(output) - 1) if (unfinished(output) / "finished.jsonl").exists() else 0
+        assert quantization.killed(point), f"change {point} of {total} was never reached"
+        assert not quantization.output.exists()
+        done = max(0, quantization.lines() - 1)
         redone.clear()
-        resume()
+        quantization.resume()
         assert len(redone) == STEPS - done, f"after a kill at change {point} of {total}"
         begun.add(done)
-        clean(output)
+        quantization.clean()
     assert len(begun) > 3, "the points are not spread over the layers"
 
 
 @pytest.mark.slow
-def test_a_kill_at_every_late_point(output: Path, killed: Callable[..., bool], resume: Callable[..., None]) -> None:
+def test_a_kill_at_every_late_point(quantization: Quantization) -> None:
     """While headers are written, the final directory is assembled, and what is left is removed."""
-    total = changes(output, killed)
+    total = quantization.changes()
     for point in range(total - 40, total + 1):
-        assert killed(point)
-        assert not output.exists()
-        resume()
-        clean(output)
+        assert quantization.killed(point)
+        assert not quantization.output.exists()
+        quantization.resume()
+        quantization.clean()
 
 
 @pytest.mark.parametrize(
@@ -258,27 +134,23 @@ def test_a_kill_between_two_stages(
 
 
 @pytest.mark.parametrize("name", ["link_or_copy", "attach_sidecar", "new_directory"])
-def test_a_kill_while_the_directory_is_assembled(
-    name: str, output: Path, killed_in: Callable[..., None], resume: Callable[..., None], redone: list[str]
-) -> None:
+def test_a_kill_while_the_directory_is_assembled(name: str, quantization: Quantization, redone: list[str]) -> None:
     from srd_modifier.streaming import run
 
-    killed_in(run, name)
-    assert lines(output) == STEPS + 1
-    resume()
+    quantization.killed_in(run, name)
+    assert quantization.lines() == STEPS + 1
+    quantization.resume()
     assert redone == []
 
 
-def test_two_kills(
-    output: Path, killed: Callable[..., bool], resume: Callable[..., None], killed_in: Callable[..., None]
-) -> None:
-    killed_in(Journal, "add", 3)
-    first = lines(output)
-    killed_in(Journal, "add", 3, resume=True)
-    assert lines(output) == first + 2
-    killed_in(BaseWriter, "finish", resume=True)
-    assert killed(3, resume=True)
-    resume()
+def test_two_kills(quantization: Quantization) -> None:
+    quantization.killed_in(Journal, "add", 3)
+    first = quantization.lines()
+    quantization.killed_in(Journal, "add", 3, resume=True)
+    assert quantization.lines() == first + 2
+    quantization.killed_in(BaseWriter, "finish", resume=True)
+    assert quantization.killed(3, resume=True)
+    quantization.resume()
 
 
 def test_a_kill_in_the_middle_of_a_line(
@@ -373,14 +245,6 @@ def test_an_error_after_a_kill_leaves_nothing(
 
 
 # what is on the disk
-
-
-def flip(path: Path, position: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(position)
-        value = file.read(1)[0]
-        file.seek(position)
-        file.write(bytes([value ^ 1]))
 
 
 @pytest.mark.parametrize(
@@ -549,12 +413,12 @@ def test_another_version_is_refused(
     resume: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from srd_modifier.streaming import run
+    from srd_modifier.resuming import task
 
     killed_in(Journal, "add", 4)
-    version = run.version
+    version = task.version
     with monkeypatch.context() as patch:
-        patch.setattr(run, "version", lambda name: "0.0" if name == library else version(name))
+        patch.setattr(task, "version", lambda name: "0.0" if name == library else version(name))
         with pytest.raises(CheckpointError, match=f"was begun with another version of {library}, so that it cannot be"):
             quantize(str(llama), recipe, output, resume=True)
     resume()

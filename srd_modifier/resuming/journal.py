@@ -1,57 +1,45 @@
 """What of an unfinished quantization is on the disk: one line for every step, written when the step's bytes are.
 
 The first line says what is being done, so that no other model, recipe or version continues it. A line that a kill has
-cut off is not counted, and neither is a step whose bytes on the disk are not those of its line.
+cut off is not counted. Whether the disk still holds the bytes of a line is for who wrote them to check.
 """
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from srd_modifier.errors import CheckpointError
 
-
-@dataclass(frozen=True)
-class Record:
-    """One step that is done: SHA-256 of the bytes written.
-
-    Attributes:
-        step: its name.
-        base: by tensor of the W4 model.
-        residual: by module and suffix.
-        lost: whether quantizing lost anything in a corrected module.
-    """
-
-    step: str
-    base: dict[str, str]
-    residual: dict[str, dict[str, str]]
-    lost: bool
+RecordT = TypeVar("RecordT")
 
 
-class Journal:
+class Journal(Generic[RecordT]):
     """The file of a quantization's finished steps; the disk's refusals are CheckpointErrors.
 
     Args:
         path: of the file.
         task: what is being done, by field: model, recipe, versions.
+        parse: a step, which is a dataclass of JSON's values, from what JSON gives; TypeError if it is something else.
     """
 
-    def __init__(self, path: Path, task: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, task: Mapping[str, str], parse: Callable[[Any], RecordT]) -> None:
         self.path = path
         self._task = dict(task)
+        self._parse = parse
 
     def begin(self) -> None:
         """Start a new file."""
         self._write(json.dumps(self._task), "wb")
 
-    def add(self, record: Record) -> None:
+    def add(self, record: RecordT) -> None:
         """Note a step as done; its bytes must be on the disk."""
-        self._write(json.dumps(asdict(record)), "ab")
+        fields: Any = record
+        self._write(json.dumps(asdict(fields)), "ab")
 
-    def read(self) -> list[Record]:
+    def read(self) -> list[RecordT]:
         """The steps that are done, in order; what a kill cut off is removed from the file.
 
         Raises:
@@ -65,19 +53,15 @@ class Journal:
         if not whole:
             return []
         try:
-            lines = [json.loads(line) for line in whole.splitlines()]
-            task, *records = lines
-            done = [_record(record) for record in records]
+            task, *lines = [json.loads(line) for line in whole.splitlines()]
+            done = [self._parse(line) for line in lines]
         except (ValueError, TypeError):
-            raise CheckpointError(
+            raise ResumeError(
                 f"{self.path} is damaged, so that the quantization cannot be resumed; pass --overwrite to start anew"
             ) from None
         for field, value in self._task.items():
             if not isinstance(task, dict) or task.get(field) != value:
-                raise CheckpointError(
-                    f"{self.path.parent} was begun with another {field}, so that it cannot be resumed; pass "
-                    "--overwrite to start anew"
-                )
+                raise another(self.path.parent, field)
         if whole != content:
             os.truncate(self.path, len(whole))
         return done
@@ -92,14 +76,12 @@ class Journal:
             raise CheckpointError(f"cannot write {self.path}: {error.strerror or error}") from error
 
 
-def _record(line: Any) -> Record:
-    """A line as it was written.
+class ResumeError(CheckpointError):
+    """An unfinished quantization that cannot be resumed so; it stays as it is."""
 
-    Raises:
-        TypeError: it is something else.
-    """
-    record = Record(**line)
-    named = isinstance(record.base, dict) and isinstance(record.residual, dict) and isinstance(record.step, str)
-    if not named or not all(isinstance(digests, dict) for digests in record.residual.values()):
-        raise TypeError
-    return record
+
+def another(directory: Path, field: str) -> ResumeError:
+    """The error for an unfinished quantization of something else."""
+    return ResumeError(
+        f"{directory} was begun with another {field}, so that it cannot be resumed; pass --overwrite to start anew"
+    )

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from srd_modifier.errors import CheckpointError
-from srd_modifier.streaming.journal import Journal, Record
+from srd_modifier.resuming.journal import Journal
+from srd_modifier.streaming.record import Record
 
 TASK = {"model": "sha256:1", "recipe": "abc", "version of torch": "2.9"}
 RECORDS = [
@@ -17,31 +18,31 @@ RECORDS = [
 
 
 @pytest.fixture
-def journal(tmp_path: Path) -> Journal:
-    journal = Journal(tmp_path / "finished.jsonl", TASK)
+def journal(tmp_path: Path) -> Journal[Record]:
+    journal = Journal(tmp_path / "finished.jsonl", TASK, Record.parse)
     journal.begin()
     for record in RECORDS:
         journal.add(record)
     return journal
 
 
-def test_what_was_added_is_read(journal: Journal) -> None:
+def test_what_was_added_is_read(journal: Journal[Record]) -> None:
     assert journal.read() == RECORDS
-    assert Journal(journal.path, TASK).read() == RECORDS
+    assert Journal(journal.path, TASK, Record.parse).read() == RECORDS
 
 
-def test_one_line_for_the_task_and_one_for_each_step(journal: Journal) -> None:
+def test_one_line_for_the_task_and_one_for_each_step(journal: Journal[Record]) -> None:
     lines = journal.path.read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[0]) == TASK
     assert [json.loads(line)["step"] for line in lines[1:]] == [record.step for record in RECORDS]
 
 
-def test_beginning_anew_forgets_everything(journal: Journal) -> None:
+def test_beginning_anew_forgets_everything(journal: Journal[Record]) -> None:
     journal.begin()
     assert journal.read() == []
 
 
-def test_a_line_that_is_cut_off_at_any_byte_is_not_counted(journal: Journal) -> None:
+def test_a_line_that_is_cut_off_at_any_byte_is_not_counted(journal: Journal[Record]) -> None:
     content = journal.path.read_bytes()
     for size in range(len(content) + 1):
         journal.path.write_bytes(content[:size])
@@ -54,7 +55,7 @@ def test_a_line_that_is_cut_off_at_any_byte_is_not_counted(journal: Journal) -> 
 
 
 @pytest.mark.parametrize("field", TASK)
-def test_another_task_is_refused_by_its_field(journal: Journal, field: str) -> None:
+def test_another_task_is_refused_by_its_field(journal: Journal[Record], field: str) -> None:
     before = journal.path.read_bytes()
     for task in (TASK | {field: "other"}, TASK | {f"{field} too": "new"}):
         name = next(name for name in task if task[name] != TASK.get(name))
@@ -63,7 +64,7 @@ def test_another_task_is_refused_by_its_field(journal: Journal, field: str) -> N
             "start anew"
         )
         with pytest.raises(CheckpointError, match=f"^{re.escape(expected)}$"):
-            Journal(journal.path, task).read()
+            Journal(journal.path, task, Record.parse).read()
     assert journal.path.read_bytes() == before
 
 
@@ -86,7 +87,7 @@ RECORD: dict[str, Any] = {"step": "layer 0", "base": {}, "residual": {}, "lost":
         *(json.dumps(RECORD | change).encode() for change in ({"residual": {"a": "1"}}, {"step": None})),
     ],
 )
-def test_a_damaged_line_is_a_sentence(journal: Journal, line: bytes) -> None:
+def test_a_damaged_line_is_a_sentence(journal: Journal[Record], line: bytes) -> None:
     lines = journal.path.read_bytes().splitlines()
     lines[2] = line
     journal.path.write_bytes(b"\n".join(lines) + b"\n")
@@ -97,13 +98,13 @@ def test_a_damaged_line_is_a_sentence(journal: Journal, line: bytes) -> None:
 
 
 @pytest.mark.parametrize("line", [b"[]", b"null", b"7"])
-def test_a_first_line_that_is_no_task_is_refused(journal: Journal, line: bytes) -> None:
+def test_a_first_line_that_is_no_task_is_refused(journal: Journal[Record], line: bytes) -> None:
     journal.path.write_bytes(line + b"\n")
     with pytest.raises(CheckpointError, match="pass --overwrite to start anew"):
         journal.read()
 
 
-def test_a_flipped_byte_is_never_a_stack_trace(journal: Journal) -> None:
+def test_a_flipped_byte_is_never_a_stack_trace(journal: Journal[Record]) -> None:
     content = journal.path.read_bytes()
     for position in range(len(content)):
         for value in (0, 0x0A, 0x22, 0x80, content[position] ^ 1):
@@ -117,15 +118,15 @@ def test_a_flipped_byte_is_never_a_stack_trace(journal: Journal) -> None:
 
 def test_no_file_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot read .*finished\.jsonl: No such file or directory"):
-        Journal(tmp_path / "finished.jsonl", TASK).read()
+        Journal(tmp_path / "finished.jsonl", TASK, Record.parse).read()
 
 
 def test_no_folder_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot write .*finished\.jsonl: No such file or directory"):
-        Journal(tmp_path / "missing" / "finished.jsonl", TASK).begin()
+        Journal(tmp_path / "missing" / "finished.jsonl", TASK, Record.parse).begin()
 
 
-def test_a_full_disk_is_a_sentence(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_a_sentence(journal: Journal[Record], monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 

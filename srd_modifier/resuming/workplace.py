@@ -1,13 +1,14 @@
-"""Where a streamed quantization lies until it is whole: beside its output, with a journal of what is done."""
+"""Where a quantization lies until it is whole: beside its output, with a journal of what is done."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic
 
-from srd_modifier.errors import CheckpointError
-from srd_modifier.streaming.journal import Journal, Record
+from srd_modifier.errors import CheckpointError, SRDError
+from srd_modifier.resuming.journal import Journal, RecordT, ResumeError
 
 _JOURNAL = "finished.jsonl"
 _LOCK = "lock"
@@ -15,7 +16,7 @@ _STAGING = "staging"
 
 
 @dataclass(frozen=True)
-class Workplace:
+class Workplace(Generic[RecordT]):
     """A directory to work in.
 
     Attributes:
@@ -25,8 +26,8 @@ class Workplace:
     """
 
     directory: Path
-    journal: Journal
-    done: list[Record]
+    journal: Journal[RecordT]
+    done: list[RecordT]
 
     def note_staging(self, staging: Path) -> None:
         """Note the directory that will become the output, so that it is found if this process is killed now."""
@@ -34,20 +35,23 @@ class Workplace:
 
 
 def unfinished(output: Path) -> Path:
-    """Where a streamed quantization to `output` waits until it is whole."""
+    """Where a quantization to `output` waits until it is whole."""
     output = output.absolute()
     return output.parent / f".{output.name}.unfinished.partial"
 
 
 @contextmanager
-def workplace(output: Path, task: Mapping[str, str], *, overwrite: bool, resume: bool) -> Iterator[Workplace]:
-    """A workplace for one process; it is removed after success and after an error.
+def workplace(
+    output: Path, task: Mapping[str, str], parse: Callable[[Any], RecordT], *, overwrite: bool, resume: bool
+) -> Iterator[Workplace[RecordT]]:
+    """A workplace for one process; it is removed after success, and after an error that would come again.
 
-    A process that is killed or interrupted leaves it, to be resumed.
+    A process that is killed or interrupted leaves it, to be resumed, and so does one that runs out of memory.
 
     Args:
         output: what is made.
         task: what is being done, by field.
+        parse: a step of it, from a line of the journal.
         overwrite: throw away an unfinished one, unless `resume`.
         resume: go on with an unfinished one.
 
@@ -58,7 +62,7 @@ def workplace(output: Path, task: Mapping[str, str], *, overwrite: bool, resume:
     from filelock import FileLock, Timeout
 
     directory = unfinished(output)
-    journal = Journal(directory / _JOURNAL, task)
+    journal = Journal(directory / _JOURNAL, task, parse)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -81,10 +85,15 @@ def workplace(output: Path, task: Mapping[str, str], *, overwrite: bool, resume:
             if not done:
                 _clear(directory)
                 journal.begin()
+            for path in directory.glob(".*"):  # what a killed process had for itself
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             _remove_abandoned(directory / _STAGING, output)
             yield Workplace(directory, journal, done)
-        except Exception:
-            shutil.rmtree(directory)
+        except ResumeError:
+            raise
+        except Exception as error:
+            if isinstance(error, SRDError) or not journal.read():
+                shutil.rmtree(directory)
             raise
         shutil.rmtree(directory)
     finally:
@@ -103,12 +112,18 @@ def _clear(directory: Path) -> None:
 def _remove_abandoned(note: Path, output: Path) -> None:
     """Remove the directory that a killed process was about to move to the output: as it noted, or empty before that."""
     if note.is_file():
-        staging = note.read_text(encoding="utf-8")
-        if staging:
-            shutil.rmtree(staging, ignore_errors=True)
+        text = note.read_text(encoding="utf-8")
+        if text:
+            staging = Path(text)
+            for path in (staging, *_partial(staging)):  # those of `save_pretrained`, which stages once more
+                shutil.rmtree(path, ignore_errors=True)
         note.unlink()
-    target = output.resolve()
-    for path in target.parent.iterdir():
-        if path.name.startswith(f".{target.name}.") and path.suffix == ".partial":
-            with suppress(OSError):  # it is not empty, or no directory
-                path.rmdir()
+    for path in _partial(output.resolve()):
+        with suppress(OSError):  # it is not empty, or no directory
+            path.rmdir()
+
+
+def _partial(target: Path) -> list[Path]:
+    """What has a temporary name beside a target."""
+    paths = target.parent.iterdir() if target.parent.is_dir() else ()
+    return [path for path in paths if path.name.startswith(f".{target.name}.") and path.suffix == ".partial"]
