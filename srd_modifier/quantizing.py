@@ -17,7 +17,7 @@ from srd_modifier.errors import RecipeError, SRDError
 from srd_modifier.loading import load_tokenizer, loaded_model
 from srd_modifier.resuming.suitable import why_not_resumable
 from srd_modifier.resuming.task import task_of
-from srd_modifier.resuming.workplace import Workplace, workplace
+from srd_modifier.resuming.workplace import Workplace, is_moved, workplace
 
 if TYPE_CHECKING:
     from llmcompressor.recipe import Recipe
@@ -76,7 +76,7 @@ def quantize(
     samples = {"num_samples": num_samples, "max_seq_length": max_seq_length, "seed": seed}
     with launched() as ranks, ExitStack() as stack:
         with ranks.together():
-            if ranks.first:
+            if ranks.first and not (resume and is_moved(output)):
                 refuse_existing(output, overwrite=overwrite)
             recipe = load_recipe(recipe_path)
             _check_data(recipe_path, recipe, dataset)
@@ -91,6 +91,8 @@ def quantize(
             if reason is None:
                 task = _task(model_name, recipe, dataset, pipeline, samples)
                 place = stack.enter_context(_calibrated_workplace(output, task, overwrite=overwrite, resume=resume))
+                if place.is_moved:
+                    return
             elif resume:
                 raise SRDError(f"{model_name} cannot be resumed with this recipe, so leave --resume out: {reason}")
             _seed(seed)
@@ -128,10 +130,10 @@ def _task(
     samples: dict[str, int],
 ) -> dict[str, str]:
     """What a calibrated quantization is made of; its data are compared when they are read."""
-    others = {"pipeline": pipeline}
-    if dataset == SELF:  # read once, and kept
-        others["calibration data"] = f"{SELF} {samples}"
-    return task_of(find_model(model_name, fetch_weights=True), recipe, **others)
+    others = {"--dataset or --pipeline": pipeline}
+    if dataset == SELF:  # written once, and kept
+        others["set of samples"] = f"{SELF} {samples}"
+    return task_of(find_model(model_name, fetch_weights=True), recipe, others)
 
 
 def _calibrated_workplace(

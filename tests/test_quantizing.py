@@ -211,10 +211,9 @@ def test_a_damaged_model_is_a_sentence(random_llama, recipe, output, text, tmp_p
     shutil.copytree(random_llama, model)
     content = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(SRDError, match=r"model\.safetensors is truncated: its tensors end at byte"):
-        quantize(str(model), recipe(NEAREST), output)
-    with pytest.raises(SRDError, match=r"cannot load .*damaged: .*incomplete"):
-        quantize(str(model), recipe(GPTQ), output, dataset=text, **FEW)
+    for modifiers, options in ((NEAREST, {}), (GPTQ, {"dataset": text, **FEW})):
+        with pytest.raises(SRDError, match=r"model\.safetensors is truncated: its tensors end at byte"):
+            quantize(str(model), recipe(modifiers), output, **options)
     assert not output.exists()
 
 

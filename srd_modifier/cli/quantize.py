@@ -36,7 +36,7 @@ def quantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model directory.")] = False,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on where a quantization without data to the same directory was cut off."),
+        typer.Option("--resume", help="Go on where a quantization to the same directory was cut off, if one was."),
     ] = False,
     max_memory: Annotated[
         str | None,

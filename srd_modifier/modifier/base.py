@@ -348,7 +348,7 @@ class SRDModifier(QuantizationModifier):
         assert self._capture is not None
         self._capture.check_data(self._calibration)
         self._capture.measure_damage()
-        if _overwrites_weights(quantizer) or self._capture.by_inputs:
+        if _overwrites_weights(quantizer) or self._capture.by_inputs or self._capture.is_kept:
             self._capture.reserve(Path(self.spool_dir) if self.spool_dir else None)
         self._capture.find_finished()
         for module in self._capture.watch(self._own(quantizer, self._quantized)):

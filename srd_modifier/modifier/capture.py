@@ -14,7 +14,6 @@ Where a killed calibration is to be resumed, every layer's results are put on th
 """
 
 import hashlib
-import logging
 import mmap
 import shutil
 import tempfile
@@ -53,8 +52,6 @@ _BASE_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point")
 _BASE_PARAMETERS = ("weight", "weight_scale", "weight_zero_point")
 _MAX_WAITING = 2
 
-_log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class CorrectedModule:
@@ -88,8 +85,6 @@ class ResidualCapture:
         self.model = model
         self.ranks = ranks or Ranks()
         self._finished_steps = finished
-        self._step_of: dict[nn.Module, str] = {}
-        self._calibrating = False
         self.modules: dict[nn.Module, CorrectedModule] = {}
         self._format: ResidualFormat | None = None
         self.alpha = 1.0
@@ -165,14 +160,13 @@ class ResidualCapture:
         self._measure = self._measure or measure
 
     def check_data(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
-        """Once, before anything is calibrated: a killed calibration is resumed on the same data only.
+        """A killed calibration is resumed on the same data only.
 
         Raises:
             ResumeError: it was other data.
         """
-        if self._finished_steps is not None and not self._calibrating:
+        if self._finished_steps is not None:
             self._finished_steps.check_data(batches)
-        self._calibrating = True
 
     def measure_damage(self) -> None:
         """Once, before the first calibration forward, when transforms before it have changed the weights."""
@@ -195,6 +189,11 @@ class ResidualCapture:
     def unwatch(self, modules: Iterable[nn.Linear]) -> None:
         """The inputs of these modules are not summed any more."""
         self._watched.difference_update(modules)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether what is finished is kept on the disk, layer by layer."""
+        return self._finished_steps is not None
 
     @property
     def by_inputs(self) -> bool:
@@ -252,48 +251,41 @@ class ResidualCapture:
 
     def find_finished(self) -> None:
         """Find the modules whose results are on the disk, before the first calibration forward."""
-        if self._finished_steps is None or self._step_of:
-            return
-        modules = {name: module for module, name in self.names.items()}
-        for step, found in self._finished_steps.found().items():
-            if found is not None and all(self._holds(modules[name], one) for name, one in found.items()):
-                self._step_of |= {modules[name]: step for name in found}
-            else:
-                _log.warning("%s was written, but its bytes are not what was written; it is done again", step)
+        if self._finished_steps is not None:
+            self._finished_steps.find(self._holds)
 
-    def _holds(self, module: nn.Module, one: FinishedModule) -> bool:
+    def _holds(self, name: str, one: FinishedModule) -> bool:
         """Whether the disk holds the residual that was stored of a module, which counts as stored then."""
-        name, corrected = self.names[module], self.modules.get(module)
-        if corrected is None or not one.residual:
+        if not one.residual:
             return True
         if self._candidates is None:
             return self._writer is not None and self._writer.restore(name, one.residual)
+        corrected = next(corrected for corrected in self.modules.values() if corrected.name == name)
         shape = (corrected.module.out_features, corrected.module.in_features)
         return self._candidates.restore(name, shape, _stored(corrected, one.candidates), one.residual["candidates"])
 
     def is_finished(self, module: nn.Module) -> bool:
         """Whether a module's results are on the disk, so that it is not calibrated again."""
-        return module in self._step_of
+        return self._finished_steps is not None and self._finished_steps.has(self.names.get(module, ""))
 
     def is_idle(self, modules: Iterable[nn.Module]) -> bool:
         """Whether calibration is resumed, and none of these modules is still to be calibrated."""
-        if not self._step_of:
+        if self._finished_steps is None or not self._finished_steps.is_resumed:
             return False
         return all(self.is_finished(module) for module in modules if module in self.names)
 
-    def restore(self, modules: Iterable[nn.Linear], *, balance: float | None) -> bool:
+    def restore(self, modules: Sequence[nn.Linear], *, balance: float | None) -> bool:
         """Put the results of a layer's modules in their place; False if they are to be computed.
 
         Args:
             modules: that are quantized together.
             balance: of error feedback, if they were quantized here.
         """
-        steps = {self._step_of.get(module) for module in modules}
-        if self._finished_steps is None or steps in (set(), {None}):
+        if self._finished_steps is None:
             return False
-        (step,) = steps
-        assert step is not None
-        finished = self._finished_steps.read(step)
+        finished = self._finished_steps.read([self.names[module] for module in modules])
+        if finished is None:
+            return False
         for module in modules:
             self._take(module, finished[self.names[module]], balance)
         return True

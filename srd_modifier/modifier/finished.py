@@ -7,7 +7,8 @@ quantizes and encodes nothing.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ _DATA = "data"
 _SENSITIVITY = "sensitivity"
 _BASE = "base"
 _MEAN_SQUARE = "mean_square"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -124,13 +127,18 @@ class FinishedSteps:
         self._journal = place.journal
         self._done = {step.step: step for step in place.done}
         self._kept: set[str] = set()
+        self._step_of: dict[str, str] = {}
+        self._checked = self._found = False
 
     def check_data(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
-        """Note what is calibrated on, or compare it.
+        """Note what is calibrated on, or compare it; once.
 
         Raises:
             ResumeError: it was other data.
         """
+        if self._checked:
+            return
+        self._checked = True
         digest = hashlib.sha256()
         for batch in batches:
             for name, tensor in sorted(batch.items()):
@@ -140,7 +148,7 @@ class FinishedSteps:
         if found is None:
             self._note(FinishedStep(_DATA, digest.hexdigest(), {}))
         elif found.digest != digest.hexdigest():
-            raise another(self.directory, "calibration data")
+            raise another(self.directory, "set of calibration data")
 
     def sensitivity(self) -> OutputSensitivity | None:
         """What was measured before the calibration, if it was."""
@@ -154,25 +162,47 @@ class FinishedSteps:
         details = {"tokens": output.tokens, "method": output.method}
         self._keep(_SENSITIVITY, output.values, details)
 
-    def found(self) -> dict[str, dict[str, FinishedModule] | None]:
-        """The modules of every step, without their tensors; None for a step that is not as it was written."""
-        return {
-            step.step: {name: FinishedModule.restored(details, {}) for name, details in step.details.items()}
-            if self._is_intact(step)
-            else None
-            for step in self._done.values()
-            if step.step not in (_DATA, _SENSITIVITY)
-        }
+    def find(self, holds: Callable[[str, FinishedModule], bool]) -> None:
+        """Find the steps that are on the disk as they were written, once; the others are done again.
 
-    def read(self, step: str) -> dict[str, FinishedModule]:
-        """The modules of a step that is intact."""
-        tensors: dict[str, dict[str, Tensor]] = {name: {} for name in self._done[step].details}
+        Args:
+            holds: whether the disk holds what was stored of the residual of a module, which comes without its tensors.
+        """
+        if self._found:
+            return
+        self._found = True
+        for step in self._done.values():
+            if step.step in (_DATA, _SENSITIVITY):
+                continue
+            if self._is_intact(step) and all(
+                holds(name, FinishedModule.restored(details, {})) for name, details in step.details.items()
+            ):
+                self._step_of |= dict.fromkeys(step.details, step.step)
+            else:
+                _log.warning("%s was written, but its bytes are not what was written; it is done again", step.step)
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether any step was found."""
+        return bool(self._step_of)
+
+    def has(self, module: str) -> bool:
+        """Whether a module belongs to a step that was found."""
+        return module in self._step_of
+
+    def read(self, modules: Collection[str]) -> dict[str, FinishedModule] | None:
+        """Modules that were quantized together, by name; None if they were not found."""
+        steps = {self._step_of.get(module) for module in modules} - {None}
+        if not steps:
+            return None
+        (step,) = steps
+        assert step is not None
+        details = self._done[step].details
+        tensors: dict[str, dict[str, Tensor]] = {name: {} for name in details}
         for key, tensor in self._tensors(step).items():
             name, _, part = key.rpartition("/")
             tensors[name][part] = tensor
-        return {
-            name: FinishedModule.restored(details, tensors[name]) for name, details in self._done[step].details.items()
-        }
+        return {name: FinishedModule.restored(details[name], tensors[name]) for name in modules}
 
     def is_kept(self, step: str) -> bool:
         """Whether this process has finished the step."""

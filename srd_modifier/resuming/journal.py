@@ -54,17 +54,23 @@ class Journal(Generic[RecordT]):
             return []
         try:
             task, *lines = [json.loads(line) for line in whole.splitlines()]
+            self._check(task)
             done = [self._parse(line) for line in lines]
         except (ValueError, TypeError):
             raise ResumeError(
-                f"{self.path} is damaged, so that the quantization cannot be resumed; pass --overwrite to start anew"
+                f"{self.path} is damaged, so that the quantization cannot be resumed; pass --overwrite instead of "
+                "--resume to start anew"
             ) from None
-        for field, value in self._task.items():
-            if not isinstance(task, dict) or task.get(field) != value:
-                raise another(self.path.parent, field)
         if whole != content:
             os.truncate(self.path, len(whole))
         return done
+
+    def _check(self, task: Any) -> None:
+        if not isinstance(task, dict):
+            raise TypeError
+        for field in dict.fromkeys([*self._task, *task]):
+            if task.get(field) != self._task.get(field):
+                raise another(self.path.parent, field)
 
     def _write(self, line: str, mode: str) -> None:
         try:
@@ -83,5 +89,6 @@ class ResumeError(CheckpointError):
 def another(directory: Path, field: str) -> ResumeError:
     """The error for an unfinished quantization of something else."""
     return ResumeError(
-        f"{directory} was begun with another {field}, so that it cannot be resumed; pass --overwrite to start anew"
+        f"{directory} was begun with another {field}, so that it cannot be resumed; pass --overwrite instead of "
+        "--resume to start anew"
     )

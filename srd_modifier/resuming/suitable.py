@@ -29,8 +29,11 @@ def why_not_resumable(model_name: str, recipe: "Recipe", ranks: Ranks) -> str | 
     )
     if other is not None:
         return f"{type(other).__name__} keeps no layer as it was finished"
-    if not any(isinstance(modifier, SRDModifier) for modifier in recipe.modifiers):
+    own = [modifier for modifier in recipe.modifiers if isinstance(modifier, SRDModifier)]
+    if not own:
         return "it has no SRDModifier, which keeps what is finished"
+    if any(modifier.spool_dir for modifier in own):
+        return "its spool_dir is emptied when a process starts"
     try:
         directory = find_model(model_name, fetch_weights=True)
     except SRDError as error:

@@ -1,6 +1,7 @@
 """What a quantization is made of, so that nothing else continues it."""
 
 import hashlib
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 _LIBRARIES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "srd-modifier")
 
 
-def task_of(directory: Path, recipe: "Recipe", **others: str) -> dict[str, str]:
+def task_of(directory: Path, recipe: "Recipe", others: Mapping[str, str] | None = None) -> dict[str, str]:
     """Model, recipe and versions by field, as a journal keeps them.
 
     Args:
@@ -28,6 +29,6 @@ def task_of(directory: Path, recipe: "Recipe", **others: str) -> dict[str, str]:
         "model": BaseCheckpoint(directory).fingerprint(),
         "config.json": hashlib.sha256((directory / "config.json").read_bytes()).hexdigest(),
         "recipe": hashlib.sha256(recipe.yaml().encode()).hexdigest(),
-        **others,
+        **(others or {}),
         **{f"version of {library}": version(library) for library in _LIBRARIES},
     }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
-from srd_modifier.errors import CheckpointError, SRDError
+from srd_modifier.errors import CheckpointError
 from srd_modifier.resuming.journal import Journal, RecordT, ResumeError
 
 _JOURNAL = "finished.jsonl"
@@ -23,11 +23,13 @@ class Workplace(Generic[RecordT]):
         directory: itself.
         journal: of what is done there.
         done: what was done before.
+        is_moved: whether the output was whole and in its place when the process was killed.
     """
 
     directory: Path
     journal: Journal[RecordT]
     done: list[RecordT]
+    is_moved: bool
 
     def note_staging(self, staging: Path) -> None:
         """Note the directory that will become the output, so that it is found if this process is killed now."""
@@ -40,11 +42,18 @@ def unfinished(output: Path) -> Path:
     return output.parent / f".{output.name}.unfinished.partial"
 
 
+def is_moved(output: Path) -> bool:
+    """Whether a process was killed between moving the whole output to its place and removing its workplace."""
+    note = unfinished(output) / _STAGING
+    staging = note.read_text(encoding="utf-8") if note.is_file() else ""
+    return bool(staging) and not Path(staging).exists() and (output / "config.json").is_file()
+
+
 @contextmanager
 def workplace(
     output: Path, task: Mapping[str, str], parse: Callable[[Any], RecordT], *, overwrite: bool, resume: bool
 ) -> Iterator[Workplace[RecordT]]:
-    """A workplace for one process; it is removed after success, and after an error that would come again.
+    """A workplace for one process; it is removed after success and after an error.
 
     A process that is killed or interrupted leaves it, to be resumed, and so does one that runs out of memory.
 
@@ -56,8 +65,8 @@ def workplace(
         resume: go on with an unfinished one.
 
     Raises:
-        CheckpointError: there is one already and nobody said what to do with it, it is another task's, or another
-            process works in it.
+        CheckpointError: there is one already and nobody said what to do with it, it is another task's, another process
+            works in it, or memory ran out.
     """
     from filelock import FileLock, Timeout
 
@@ -81,6 +90,7 @@ def workplace(
                 "--overwrite to start anew"
             )
         done = journal.read() if resume and journal.path.exists() else []
+        moved = bool(done) and is_moved(output)
         try:
             if not done:
                 _clear(directory)
@@ -88,16 +98,27 @@ def workplace(
             for path in directory.glob(".*"):  # what a killed process had for itself
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             _remove_abandoned(directory / _STAGING, output)
-            yield Workplace(directory, journal, done)
+            yield Workplace(directory, journal, done, moved)
         except ResumeError:
             raise
         except Exception as error:
-            if isinstance(error, SRDError) or not journal.read():
-                shutil.rmtree(directory)
+            if _is_out_of_memory(error) and journal.read():
+                raise CheckpointError(
+                    f"memory ran out, and what is finished waits in {directory}; free some, or lower --max-memory "
+                    "where the recipe calibrates, and pass --resume to go on"
+                ) from error
+            shutil.rmtree(directory)
             raise
         shutil.rmtree(directory)
     finally:
         lock.release()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    # what torch raises for the memory of an accelerator, and, as a plain RuntimeError, for the machine's
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _clear(directory: Path) -> None:

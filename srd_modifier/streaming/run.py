@@ -63,11 +63,10 @@ class StreamedModel:
             SRDError: recipe, model or output are at fault.
         """
         task = task_of(self._directory, self._recipe)
-        with (
-            workplace(output, task, Record.parse, overwrite=overwrite, resume=resume) as place,
-            life_cycle(self._model, self._recipe),
-        ):
-            self._write(place, output, tokenizer, overwrite=overwrite)
+        with workplace(output, task, Record.parse, overwrite=overwrite, resume=resume) as place:
+            if not place.is_moved:
+                with life_cycle(self._model, self._recipe):
+                    self._write(place, output, tokenizer, overwrite=overwrite)
 
     def _write(self, place: Workplace[Record], output: Path, tokenizer: Any, *, overwrite: bool) -> None:
         keep = bool(place.done)

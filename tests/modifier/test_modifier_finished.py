@@ -4,13 +4,16 @@ import json
 import logging
 import random
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from killed import Quantization, flip
+import torch
+from killed import Quantization, die, flip, in_child
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.pipelines.sequential.helpers import Subgraph
 from random_models import make_llama, make_mixture, save_model
@@ -23,6 +26,7 @@ from srd_modifier.modifier.candidates import file_of
 from srd_modifier.modifier.finished import FinishedSteps
 from srd_modifier.modifier.inputs import CalibrationInputs
 from srd_modifier.quantizing import quantize
+from srd_modifier.resuming.journal import Journal
 
 KILLS = 20
 LAYERS = 4
@@ -48,6 +52,11 @@ RECIPES: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
         ("QuantizationModifier", scheme(symmetric=False)),
     ),
     "importance": (("SRDModifier", srd()),),
+    "mixed": (
+        ("SRDModifier", {"residual_group_size": 32}),
+        ("QuantizationModifier", scheme("re:.*self_attn.*")),
+        ("GPTQModifier", scheme("re:.*mlp.*")),
+    ),
     "two": (
         ("SRDModifier", {"residual_group_size": 32, "correct": {"targets": ["re:.*self_attn.*"]}}),
         ("SRDModifier", {"residual_group_size": 64, "correct": {"targets": ["re:.*mlp.*"]}}),
@@ -150,7 +159,8 @@ def test_a_kill_between_two_layers(
     kind: str, layers: int, make: Callable[..., Quantization], work: Path, calibrated: set[str]
 ) -> None:
     quantization = make(kind, work)
-    quantization.killed_in(FinishedSteps, "keep", layers + 1)
+    before = kind == "mixed"  # round-to-nearest has its turn before, without data, with all layers at once
+    quantization.killed_in(FinishedSteps, "keep", layers + 1 + before)
     calibrated.clear()
     quantization.resume()
     assert calibrated == {str(layer) for layer in range(layers, LAYERS)}
@@ -166,6 +176,25 @@ def test_a_kill_while_it_is_saved(
     assert quantization.lines() > LAYERS
     assert len(list(quantization.output.parent.iterdir())) == 3, "the workplace, and two that are being filled"
     calibrated.clear()
+    quantization.resume()
+    assert calibrated == set()
+
+
+def test_a_kill_after_everything_is_in_its_place(quantization: Quantization, calibrated: set[str]) -> None:
+    """The checkpoint is whole: nothing is left to be done but to clear up."""
+
+    def work() -> None:
+        rmtree = shutil.rmtree
+
+        def dying(path: Path, *args: Any, **kwargs: Any) -> None:
+            if path == quantization.place and quantization.output.exists():
+                die()
+            rmtree(path, *args, **kwargs)
+
+        shutil.rmtree = dying
+        quantization.run()
+
+    assert in_child(work) == signal.SIGKILL
     quantization.resume()
     assert calibrated == set()
 
@@ -239,7 +268,7 @@ def test_the_models_own_samples_are_not_written_again(
         raise AssertionError("they were written before")
 
     monkeypatch.setattr(quantizing, "from_model", never)
-    with pytest.raises(CheckpointError, match="was begun with another calibration data"):
+    with pytest.raises(CheckpointError, match="was begun with another set of samples"):
         quantization.run(resume=True, num_samples=5)
     quantization.resume()
 
@@ -266,20 +295,29 @@ def test_nothing_to_resume_is_no_error(quantization: Quantization, calibrated: s
     assert len(calibrated) == LAYERS
 
 
+def exhaust_memory() -> None:
+    torch.empty(1 << 60, dtype=torch.int8)
+
+
+def exhaust_pythons_memory() -> None:
+    bytearray(1 << 62)
+
+
+@pytest.mark.parametrize("exhaust", [exhaust_memory, exhaust_pythons_memory])
 def test_memory_that_runs_out_can_be_resumed(
-    quantization: Quantization, calibrated: set[str], monkeypatch: pytest.MonkeyPatch
+    exhaust: Callable[[], None], quantization: Quantization, calibrated: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep, calls = FinishedSteps.keep, []
 
     def failing(self: Any, *args: Any) -> None:
         calls.append(args)
         if len(calls) == 3:
-            raise MemoryError
+            exhaust()
         keep(self, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(FinishedSteps, "keep", failing)
-        with pytest.raises(MemoryError):
+        with pytest.raises(CheckpointError, match=r"^memory ran out, and what is finished waits in .*; free some, or"):
             quantization.run()
     calibrated.clear()
     quantization.resume()
@@ -322,7 +360,7 @@ def test_damaged_files_are_made_again(
     quantization.killed_in(FinishedSteps, "keep", 4)
     path = quantization.place / file
     flip(path, path.stat().st_size - 1 if again is not None else path.stat().st_size // 8)
-    with caplog.at_level(logging.WARNING, "srd_modifier.modifier.capture"):
+    with caplog.at_level(logging.WARNING, "srd_modifier.modifier.finished"):
         quantization.resume()
     done = calibrated - {"3"}
     assert len(done) == (again != "")
@@ -369,7 +407,7 @@ def test_a_damaged_journal_is_a_sentence_and_is_kept(line: bytes, quantization: 
 def test_other_data_are_refused_and_nothing_is_lost(quantization: Quantization) -> None:
     quantization.killed_in(FinishedSteps, "keep", 4)
     before = contents(quantization.place)
-    with pytest.raises(CheckpointError, match=r"was begun with another calibration data, so that it cannot be resumed"):
+    with pytest.raises(CheckpointError, match="was begun with another set of calibration data, so that it"):
         quantization.run(resume=True, dataset=OTHER_DATA)
     assert contents(quantization.place) == before
     quantization.resume()
@@ -386,7 +424,7 @@ def test_another_task_is_refused(
     field: str, change: Callable[..., dict[str, Path]], quantization: Quantization, work: Path
 ) -> None:
     quantization.killed_in(FinishedSteps, "keep", 2)
-    other = Quantization(**{**vars(quantization), **change(quantization, work)})
+    other = replace(quantization, **change(quantization, work))
     with pytest.raises(CheckpointError, match=f"was begun with another {field}, so that it cannot be resumed; pass --"):
         other.run(resume=True)
     quantization.resume()
@@ -394,7 +432,7 @@ def test_another_task_is_refused(
 
 def test_another_pipeline_is_refused(quantization: Quantization) -> None:
     quantization.killed_in(FinishedSteps, "keep", 2)
-    with pytest.raises(CheckpointError, match="was begun with another pipeline"):
+    with pytest.raises(CheckpointError, match="was begun with another --dataset or --pipeline"):
         quantization.run(resume=True, pipeline="basic")
     quantization.resume()
 
@@ -414,14 +452,18 @@ def test_overwrite_starts_anew(quantization: Quantization, calibrated: set[str])
 
 
 def test_a_streamed_one_is_not_taken_for_a_calibrated_one(quantization: Quantization, work: Path) -> None:
+    """The same recipe, with and without data."""
     recipe = write_recipe(work / "streamed.yaml", ("SRDModifier", srd()))
-    streamed = Quantization(quantization.model, recipe, quantization.output, quantization.expected)
-    from srd_modifier.resuming.journal import Journal
-
-    streamed.killed_in(Journal, "add", 3)
-    with pytest.raises(CheckpointError, match=r"was begun with another|is damaged"):
-        Quantization(**{**vars(streamed), "options": {"dataset": DATA}}).run(resume=True)
-    assert streamed.place.is_dir()
+    with_data = Quantization(
+        quantization.model, recipe, quantization.output, quantization.expected, quantization.options
+    )
+    without = replace(with_data, options={})
+    for first, second in ((with_data, without), (without, with_data)):
+        first.killed_in(Journal, "add", 4)
+        with pytest.raises(CheckpointError, match="was begun with another --dataset or --pipeline, so that it cannot"):
+            second.run(resume=True)
+        first.run(resume=True)
+        first.clean()
 
 
 @pytest.mark.parametrize("kind", ["awq", "none"])

@@ -57,11 +57,12 @@ def test_a_line_that_is_cut_off_at_any_byte_is_not_counted(journal: Journal[Reco
 @pytest.mark.parametrize("field", TASK)
 def test_another_task_is_refused_by_its_field(journal: Journal[Record], field: str) -> None:
     before = journal.path.read_bytes()
-    for task in (TASK | {field: "other"}, TASK | {f"{field} too": "new"}):
-        name = next(name for name in task if task[name] != TASK.get(name))
+    without = {name: value for name, value in TASK.items() if name != field}
+    for task in (TASK | {field: "other"}, TASK | {f"{field} too": "new"}, without):
+        name = next(name for name in [*task, *TASK] if task.get(name) != TASK.get(name))
         expected = (
-            f"{journal.path.parent} was begun with another {name}, so that it cannot be resumed; pass --overwrite to "
-            "start anew"
+            f"{journal.path.parent} was begun with another {name}, so that it cannot be resumed; pass --overwrite "
+            "instead of --resume to start anew"
         )
         with pytest.raises(CheckpointError, match=f"^{re.escape(expected)}$"):
             Journal(journal.path, task, Record.parse).read()
@@ -100,7 +101,7 @@ def test_a_damaged_line_is_a_sentence(journal: Journal[Record], line: bytes) -> 
 @pytest.mark.parametrize("line", [b"[]", b"null", b"7"])
 def test_a_first_line_that_is_no_task_is_refused(journal: Journal[Record], line: bytes) -> None:
     journal.path.write_bytes(line + b"\n")
-    with pytest.raises(CheckpointError, match="pass --overwrite to start anew"):
+    with pytest.raises(CheckpointError, match="pass --overwrite instead of --resume to start anew"):
         journal.read()
 
 

@@ -29,6 +29,7 @@ def test_what_is_done_with_a_layer_when_it_is_quantized(
 @pytest.mark.parametrize(
     ("modifiers", "reason"),
     [
+        ((("SRDModifier", {"spool_dir": "/tmp"}), GPTQ), "its spool_dir is emptied when a process starts"),
         ((GPTQ,), "it has no SRDModifier, which keeps what is finished"),
         ((SRD, ("AutoRoundModifier", scheme())), "AutoRoundModifier keeps no layer as it was finished"),
         (

@@ -187,15 +187,27 @@ def test_a_kill_over_another_checkpoint(
     resume(overwrite=True)
 
 
-def test_a_kill_after_everything_is_in_its_place(
-    output: Path, expected: Path, killed_in: Callable[..., None], resume: Callable[..., None]
-) -> None:
-    """The checkpoint is whole, and says that it exists already; what was its workplace goes with the next one."""
-    killed_in(shutil, "rmtree", 2)  # the first is of the staging directory, which has become the checkpoint
-    assert differing(output, expected) == []
+def test_a_kill_after_everything_is_in_its_place(quantization: Quantization, redone: list[str]) -> None:
+    """The checkpoint is whole: nothing is left to be done but to clear up."""
+    quantization.killed_in(
+        shutil, "rmtree", 2
+    )  # the first is of the staging directory, which has become the checkpoint
+    assert differing(quantization.output, quantization.expected) == []
+    assert quantization.place.is_dir()
     with pytest.raises(CheckpointError, match="already exists; choose another directory or pass --overwrite"):
-        resume()
-    resume(overwrite=True)
+        quantization.run()
+    quantization.resume()
+    assert redone == []
+
+
+def test_a_kill_after_everything_is_in_its_place_does_not_excuse_another_recipe(
+    quantization: Quantization, work: Path
+) -> None:
+    quantization.killed_in(shutil, "rmtree", 2)
+    recipe = write_recipe(work / "other.yaml", ("SRDModifier", srd()))
+    with pytest.raises(CheckpointError, match="was begun with another recipe"):
+        quantize(str(quantization.model), recipe, quantization.output, resume=True)
+    quantization.resume()
 
 
 def test_nothing_to_resume_is_no_error(resume: Callable[..., None], redone: list[str]) -> None:
