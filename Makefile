@@ -6,7 +6,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BENCHMARKS ?= benchmarks.rounding benchmarks.quality benchmarks.oneshot_cost benchmarks.sensitivity_cost benchmarks.load_time \
 	benchmarks.gguf_quality benchmarks.gguf_export benchmarks.evaluation_speed benchmarks.container_speed \
-	benchmarks.qat_overhead benchmarks.qat_quality benchmarks.memory_curve
+	benchmarks.qat_overhead benchmarks.qat_quality benchmarks.memory_curve benchmarks.resume_cost
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -5,9 +5,12 @@ plan        which modules are corrected, and every reason to refuse before calib
 events      looking over the shoulder of the quantizer that follows in the recipe
 capture     original weights to residuals, one layer at a time
 inputs      what calibration shows of the modules' inputs
+bases       a module's quantized weight, taken off it and put back
 calibrated  one module's base, residual and damage under them
 candidates  the residuals that a budget chooses from, waiting on disk
 allocation  a budget spent on them
+finished    what a calibration has finished, on the disk, so that a killed one can be resumed
+passes      calibration forwards that a resumed one need not make
 companion   the GGUF file that a recipe asks for beside its checkpoint
 saving      the sidecar that `save_pretrained` writes with the model
 """

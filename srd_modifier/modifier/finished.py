@@ -27,8 +27,9 @@ from srd_modifier.resuming.journal import another
 from srd_modifier.resuming.workplace import Workplace
 from srd_modifier.selection.sensitivity import OutputSensitivity
 
-_DATA = "data"
-_SENSITIVITY = "sensitivity"
+# steps that are no modules, whose names have no spaces
+_DATA = "calibration data"
+_SENSITIVITY = "output sensitivity"
 _BASE = "base"
 _MEAN_SQUARE = "mean_square"
 

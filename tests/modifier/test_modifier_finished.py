@@ -221,6 +221,18 @@ def test_finished_layers_see_the_data_once(
     assert [count // len(DATA) for count in passes.values()] == [1, 1, 1, 2, 2]
 
 
+@pytest.mark.parametrize("pipeline", ["sequential", "basic"])
+def test_the_other_pipelines(pipeline: str, quantization: Quantization, work: Path) -> None:
+    """The basic one calibrates all layers at once, so that it is all or nothing."""
+    options = {**quantization.options, "pipeline": pipeline}
+    quantize(str(quantization.model), quantization.recipe, work / "expected", **options)
+    quantization.options, quantization.expected = options, work / "expected"
+    for call in (1, 2) if pipeline == "sequential" else (1,):
+        quantization.killed_in(FinishedSteps, "keep", call)
+        quantization.resume()
+        quantization.clean()
+
+
 def test_several_kills(quantization: Quantization, calibrated: set[str]) -> None:
     quantization.killed_in(FinishedSteps, "keep", 2)
     quantization.killed_in(FinishedSteps, "keep", 2, resume=True)
@@ -343,7 +355,7 @@ def test_an_error_of_ours_leaves_nothing(quantization: Quantization, monkeypatch
     [
         ("gptq", f"calibrated/{file_of(Path(), 'model.layers.0.self_attn.q_proj')}", "0"),
         ("gptq", "sidecar/residual-00001-of-00001.safetensors", None),
-        ("feedback", f"calibrated/{file_of(Path(), 'sensitivity')}", ""),
+        ("feedback", f"calibrated/{file_of(Path(), 'output sensitivity')}", ""),
         ("budget", f"candidates/{file_of(Path(), 'model.layers.1.mlp.up_proj')}", "1"),
     ],
 )
@@ -360,6 +372,7 @@ def test_damaged_files_are_made_again(
     quantization.killed_in(FinishedSteps, "keep", 4)
     path = quantization.place / file
     flip(path, path.stat().st_size - 1 if again is not None else path.stat().st_size // 8)
+    calibrated.clear()
     with caplog.at_level(logging.WARNING, "srd_modifier.modifier.finished"):
         quantization.resume()
     done = calibrated - {"3"}
