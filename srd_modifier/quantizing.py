@@ -85,7 +85,6 @@ def quantize(
                 unsuitable = _stream(model_name, recipe_path, recipe, output, overwrite=overwrite, resume=resume)
                 if unsuitable is None:
                     return
-            output.parent.mkdir(parents=True, exist_ok=True)
             place = None
             reason = unsuitable if dataset is None else why_not_resumable(model_name, recipe, ranks)
             if reason is None:
@@ -94,8 +93,9 @@ def quantize(
                 if place.is_moved:
                     return
             elif resume:
-                raise SRDError(f"{model_name} cannot be resumed with this recipe, so leave --resume out: {reason}")
+                raise SRDError(f"{model_name} cannot be resumed, so leave --resume out: {reason}")
             _seed(seed)
+            output.parent.mkdir(parents=True, exist_ok=True)
             folder = output.parent if place is None else place.directory
             model = stack.enter_context(_loaded(model_name, folder, ranks, max_memory))
             tokenizer = load_tokenizer(model_name)

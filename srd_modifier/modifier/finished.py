@@ -135,7 +135,7 @@ class FinishedSteps:
         """Note what is calibrated on, or compare it; once.
 
         Raises:
-            ResumeError: it was other data.
+            CheckpointError: it was other data.
         """
         if self._checked:
             return

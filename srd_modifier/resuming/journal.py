@@ -57,7 +57,7 @@ class Journal(Generic[RecordT]):
             self._check(task)
             done = [self._parse(line) for line in lines]
         except (ValueError, TypeError):
-            raise ResumeError(
+            raise CheckpointError(
                 f"{self.path} is damaged, so that the quantization cannot be resumed; pass --overwrite instead of "
                 "--resume to start anew"
             ) from None
@@ -82,13 +82,9 @@ class Journal(Generic[RecordT]):
             raise CheckpointError(f"cannot write {self.path}: {error.strerror or error}") from error
 
 
-class ResumeError(CheckpointError):
-    """An unfinished quantization that cannot be resumed so; it stays as it is."""
-
-
-def another(directory: Path, field: str) -> ResumeError:
+def another(directory: Path, field: str) -> CheckpointError:
     """The error for an unfinished quantization of something else."""
-    return ResumeError(
+    return CheckpointError(
         f"{directory} was begun with another {field}, so that it cannot be resumed; pass --overwrite instead of "
         "--resume to start anew"
     )

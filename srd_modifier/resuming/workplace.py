@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 from srd_modifier.errors import CheckpointError
-from srd_modifier.resuming.journal import Journal, RecordT, ResumeError
+from srd_modifier.resuming.journal import Journal, RecordT
 
 _JOURNAL = "finished.jsonl"
 _LOCK = "lock"
@@ -53,9 +53,10 @@ def is_moved(output: Path) -> bool:
 def workplace(
     output: Path, task: Mapping[str, str], parse: Callable[[Any], RecordT], *, overwrite: bool, resume: bool
 ) -> Iterator[Workplace[RecordT]]:
-    """A workplace for one process; it is removed after success and after an error.
+    """A workplace for one process; it is removed after success, and after an error if nothing was resumed.
 
-    A process that is killed or interrupted leaves it, to be resumed, and so does one that runs out of memory.
+    A process that is killed or interrupted leaves it, to be resumed, and so does one that runs out of memory. One that
+    resumes it never takes away what was there: its error may be a wrong name of the data.
 
     Args:
         output: what is made.
@@ -99,15 +100,14 @@ def workplace(
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             _remove_abandoned(directory / _STAGING, output)
             yield Workplace(directory, journal, done, moved)
-        except ResumeError:
-            raise
         except Exception as error:
             if _is_out_of_memory(error) and journal.read():
                 raise CheckpointError(
                     f"memory ran out, and what is finished waits in {directory}; free some, or lower --max-memory "
                     "where the recipe calibrates, and pass --resume to go on"
                 ) from error
-            shutil.rmtree(directory)
+            if not done:
+                shutil.rmtree(directory)
             raise
         shutil.rmtree(directory)
     finally:

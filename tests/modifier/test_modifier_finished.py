@@ -336,15 +336,34 @@ def test_memory_that_runs_out_can_be_resumed(
     assert calibrated == {"2", "3"}
 
 
-def test_an_error_of_ours_leaves_nothing(quantization: Quantization, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_leaves_nothing_but_what_was_there(
+    quantization: Quantization, work: Path, calibrated: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: Any) -> None:
         raise CheckpointError("the disk is full")
 
-    quantization.killed_in(FinishedSteps, "keep", 3)
-    monkeypatch.setattr(FinishedSteps, "keep", fail)
-    with pytest.raises(CheckpointError, match="the disk is full"):
-        quantization.run(resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(FinishedSteps, "keep", fail)
+        with pytest.raises(CheckpointError, match="the disk is full"):
+            quantization.run()
     assert list(quantization.output.parent.iterdir()) == []
+    quantization.killed_in(FinishedSteps, "keep", 3)
+    with pytest.raises(SRDError, match="there is no such file"):
+        quantization.run(resume=True, dataset=str(work / "missing.txt"))
+    keep = FinishedSteps.keep
+
+    def fail_later(self: Any, step: str, *args: Any) -> None:
+        keep(self, step, *args)
+        if ".3." in step:
+            fail()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FinishedSteps, "keep", fail_later)
+        with pytest.raises(CheckpointError, match="the disk is full"):
+            quantization.run(resume=True)
+    calibrated.clear()
+    quantization.resume()
+    assert calibrated == set()
 
 
 # what is on the disk
@@ -489,6 +508,6 @@ def test_what_cannot_be_resumed_says_so_and_leaves_nothing(kind: str, quantizati
         "none": ((("GPTQModifier", scheme()),), "it has no SRDModifier, which keeps what is finished"),
     }[kind]
     quantization.recipe = write_recipe(work / "other.yaml", *modifiers)
-    with pytest.raises(SRDError, match=rf"cannot be resumed with this recipe, so leave --resume out: {reason}$"):
+    with pytest.raises(SRDError, match=rf"cannot be resumed, so leave --resume out: {reason}$"):
         quantization.run(resume=True)
     assert list(quantization.output.parent.iterdir()) == []

@@ -243,17 +243,25 @@ def test_an_interrupt_can_be_resumed(
     assert redone == ["layer 2", "layer 3", "model.norm", "lm_head"]
 
 
-def test_an_error_after_a_kill_leaves_nothing(
-    output: Path, llama: Path, recipe: Path, killed_in: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+def test_an_error_leaves_nothing_but_what_was_there(
+    quantization: Quantization, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise CheckpointError("the disk is full")
 
-    killed_in(Journal, "add", 3)
-    monkeypatch.setattr(SidecarWriter, "flush", fail)
-    with pytest.raises(CheckpointError, match="the disk is full"):
-        quantize(str(llama), recipe, output, resume=True)
-    assert list(output.parent.iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(SidecarWriter, "flush", fail)
+        with pytest.raises(CheckpointError, match="the disk is full"):
+            quantization.run()
+    assert list(quantization.output.parent.iterdir()) == []
+    quantization.killed_in(Journal, "add", 3)
+    before = quantization.journal.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(SidecarWriter, "flush", fail)
+        with pytest.raises(CheckpointError, match="the disk is full"):
+            quantization.run(resume=True)
+    assert quantization.journal.read_bytes() == before
+    quantization.resume()
 
 
 # what is on the disk

@@ -182,10 +182,14 @@ def test_tensors_that_the_config_ties_and_the_files_do_not(tmp_path: Path, llama
     [
         ((("QuantizationModifier", preset("FP8_DYNAMIC")),), {}, OTHER_TENSORS),
         ((("SRDModifier", srd()),), {"pipeline": "sequential"}, "the pipeline is sequential"),
-        ((("SRDModifier", srd()),), {"dataset": "self"}, "the recipe gets calibration data"),
+        (
+            (("SRDModifier", {}), ("AutoRoundModifier", scheme())),
+            {"dataset": "self"},
+            "AutoRoundModifier keeps no layer as it was finished",
+        ),
     ],
 )
-def test_resume_is_refused_where_nothing_is_streamed(
+def test_resume_is_refused_where_nothing_is_kept(
     tmp_path: Path,
     llama: Path,
     modifiers: tuple[tuple[str, dict[str, Any]], ...],
@@ -193,6 +197,6 @@ def test_resume_is_refused_where_nothing_is_streamed(
     reason: str,
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", *modifiers)
-    with pytest.raises(SRDError, match=rf"is not written layer by layer, so leave --resume out: {reason}$"):
+    with pytest.raises(SRDError, match=rf"cannot be resumed, so leave --resume out: {reason}$"):
         quantize(str(llama), recipe, tmp_path / "out" / "checkpoint", resume=True, **options)
     assert not (tmp_path / "out").exists()
