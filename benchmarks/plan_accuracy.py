@@ -1,13 +1,16 @@
-"""What `srd plan` says against what `srd quantize` then does: bytes and time.
+"""What `srd plan` says against what `srd quantize` then does: bytes, time and memory.
 
     python -m benchmarks.plan_accuracy [--case NAME ...] [--repeats N]
 
 Plan and quantization are processes of their own, and a quantization is repeated; its figures are medians. Models have
-random weights in real shapes. Time is planned only for recipes without calibration. The peak of
-memory is shown because it is not planned: it differs from run to run.
+random weights in real shapes.
 
     rtn        round-to-nearest W4 in groups of 64, and an int8 residual everywhere
-    gptq       the same after GPTQ, on 16 samples of 128 tokens
+    gptq       the same after GPTQ
+    feedback   W4 and a 4-bit residual with error feedback
+    budget     W4 with error feedback, and 5.5 bits per weight spent by sensitivity
+
+All but the first calibrate, on 16 samples of 128 tokens unless --samples and --length say otherwise.
 """
 
 import argparse
@@ -23,15 +26,26 @@ from benchmarks.models import REPOSITORY, SCHEME, write_random, write_sharded
 from benchmarks.process import measure, median, print_cost, run
 from benchmarks.scratch import scratch
 
-_CASES = ("smollm2-135m/rtn", "smollm2-135m/gptq", "llama-132m/rtn", "smollm2-1.7b/rtn", "llama-7b/rtn")
+_CASES = (
+    "smollm2-135m/rtn",
+    "llama-132m/rtn",
+    "smollm2-1.7b/rtn",
+    *(f"{name}/{base}" for name in ("smollm2-135m", "llama-132m") for base in ("gptq", "feedback", "budget")),
+    "llama-7b/rtn",
+)
 _MODIFIERS = {
     "rtn": {"SRDModifier": SCHEME},
     "gptq": {"SRDModifier": {"ignore": ["lm_head"]}, "GPTQModifier": SCHEME},
+    "feedback": {"SRDModifier": SCHEME | {"base_rounding": "feedback", "residual_bits": 4, "rounding": "feedback"}},
+    "budget": {"SRDModifier": SCHEME | {"base_rounding": "feedback", "correct": {"budget": "5.5bpw"}}},
 }
 
 
-def worker(model: str, recipe: str, output: str, calibrate: bool) -> None:
-    """One quantization, measured as the command runs it: imports are done, the model is not loaded."""
+def worker(model: str, recipe: str, output: str, samples: int, length: int) -> None:
+    """One quantization, measured as the command runs it: imports are done, the model is not loaded.
+
+    Without samples the recipe gets no data.
+    """
     import llmcompressor  # noqa: F401
     import torch
 
@@ -40,14 +54,16 @@ def worker(model: str, recipe: str, output: str, calibrate: bool) -> None:
     from srd_modifier.quantizing import quantize
 
     quiet_libraries(bars=False)
-    samples = torch.randint(1, 4000, (16, 128), generator=torch.Generator().manual_seed(0)).tolist()
-    data = samples if calibrate else None
+    # from all of the embedding, of which a long text reads nearly every page
+    words = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    data = torch.randint(words, (samples, length), generator=torch.Generator().manual_seed(0)).tolist() or None
     print_cost(measure(lambda: quantize(model, Path(recipe), Path(output), dataset=data, overwrite=True)))
 
 
-def planned(model: Path, recipe: Path) -> dict:
+def planned(model: Path, recipe: Path, samples: int, length: int) -> dict:
     """The plan as the command prints it."""
     command = [str(Path(sys.executable).with_name("srd")), "plan", str(model), "--recipe", str(recipe), "--json"]
+    command += ["--num-samples", str(samples), "--max-seq-length", str(length)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
@@ -62,11 +78,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--case", action="append", choices=_CASES, help="all but llama-7b, which takes 24 GB of disk")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--worker", nargs=4, metavar=("MODEL", "RECIPE", "OUTPUT", "BASE"), help=argparse.SUPPRESS)
+    parser.add_argument("--samples", type=int, default=16, help="of calibration")
+    parser.add_argument("--length", type=int, default=128, help="tokens of each")
+    worker_arguments = ("MODEL", "RECIPE", "OUTPUT", "SAMPLES", "LENGTH")
+    parser.add_argument("--worker", nargs=5, metavar=worker_arguments, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        model, recipe, output, base = options.worker
-        worker(model, recipe, output, base == "gptq")
+        model, recipe, output, samples, length = options.worker
+        worker(model, recipe, output, int(samples), int(length))
         return
     with scratch() as folder:
         for case in options.case or _CASES[:-1]:
@@ -79,8 +98,9 @@ def main() -> None:
                 yaml.safe_dump({"quant_stage": {"quant_modifiers": _MODIFIERS[base]}}, sort_keys=False),
                 encoding="utf-8",
             )
-            plan = planned(model, recipe)
-            arguments = ["--worker", str(model), str(recipe), str(folder / "output"), base]
+            plan = planned(model, recipe, options.samples, options.length)
+            samples = 0 if base == "rtn" else options.samples
+            arguments = ["--worker", str(model), str(recipe), str(folder / "output"), str(samples), str(options.length)]
             costs = [run("benchmarks.plan_accuracy", arguments) for _ in range(options.repeats)]
             _report(f"{case} bytes", plan["total_bytes"], written(folder / "output"))
             if plan["estimate"] is not None:

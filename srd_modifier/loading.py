@@ -34,7 +34,7 @@ def loaded_model(name: str, parent: Path, *, max_memory: int | None = None) -> I
 
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         raise SRDError(f"{name} has no config.json: this is not a model directory")
-    limit = _free_bytes() if max_memory is None else max_memory
+    limit = room_for_weights() if max_memory is None else max_memory
     with ExitStack() as stack:
         try:
             if _weight_bytes(name) <= limit:
@@ -63,6 +63,13 @@ def load_tokenizer(name: str) -> Any:
         raise SRDError(f"cannot load {name}: {' '.join(str(error).split())}") from error
 
 
+def room_for_weights() -> int:
+    """Bytes of memory that the weights of a model may take now, where nothing else is asked for."""
+    import psutil
+
+    return max(0, int(psutil.virtual_memory().available) - _RESERVE_BYTES)
+
+
 def _offloaded(name: str, limit: int, folder: str) -> Any:
     from compressed_tensors.offload import load_offloaded_model
     from transformers import AutoModelForCausalLM
@@ -71,12 +78,6 @@ def _offloaded(name: str, limit: int, folder: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(
             name, dtype="auto", device_map="auto_offload", max_memory={"cpu": limit}, offload_folder=folder
         )
-
-
-def _free_bytes() -> int:
-    import psutil
-
-    return max(0, int(psutil.virtual_memory().available) - _RESERVE_BYTES)
 
 
 def _weight_bytes(name: str) -> int:

@@ -61,7 +61,7 @@ def test_what_has_room_is_in_memory(model: Path, tmp_path: Path) -> None:
 def test_free_memory_decides_where_nobody_else_does(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "_free_bytes", lambda: 100_000)
+    monkeypatch.setattr(loading, "room_for_weights", lambda: 100_000)
     with loaded_model(str(model), tmp_path) as loaded:
         assert on_the_disk(loaded)
 

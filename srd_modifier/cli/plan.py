@@ -1,6 +1,7 @@
 """`srd plan`: what quantizing would give and take, before it is done."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from srd_modifier.planning.estimate import Estimate
     from srd_modifier.planning.plan import Plan
 
 
@@ -19,6 +21,10 @@ def plan(
         bool,
         typer.Option("--probe/--no-probe", help="Quantize a shorter model with made-up weights, for time and memory."),
     ] = True,
+    num_samples: Annotated[
+        int, typer.Option(min=1, help="Calibration samples, where the recipe calibrates: for time and memory.")
+    ] = 512,
+    max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens per sample.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Show what `srd quantize` would write, beside other forms of the model; no weight is read."""
@@ -26,7 +32,7 @@ def plan(
     from srd_modifier.planning.plan import plan as run
 
     quiet_libraries(bars=False)
-    planned = run(model, recipe, probe=probe)
+    planned = run(model, recipe, probe=probe, num_samples=num_samples, max_seq_length=max_seq_length)
     if as_json:
         typer.echo(json.dumps(planned.as_json(), indent=2))
         return
@@ -35,14 +41,20 @@ def plan(
     console.print(_bytes(planned))
     console.print(_alternatives(planned))
     if planned.estimate is not None:
-        console.print(f"time on this machine: about {planned.estimate.seconds:,.0f} s")
-        peak = planned.estimate.peak_bytes
-        if peak is not None:
-            console.print(f"memory at its peak: about {peak / 1e9:,.2f} GB, a decoder layer at a time")
-        else:
-            console.print(f"memory is not estimated: {planned.estimate.why_no_memory}", soft_wrap=True)
+        for line in _estimated(planned.estimate):
+            console.print(line, soft_wrap=True)
     elif probe:
         console.print(f"time and memory are not estimated: {planned.not_estimated}", soft_wrap=True)
+
+
+def _estimated(estimate: "Estimate") -> Iterator[str]:
+    data = "" if estimate.tokens is None else f", of given data of {estimate.tokens:,} tokens"
+    yield f"time on this machine: about {estimate.seconds:,.0f} s{data}"
+    if estimate.peak_bytes is None:
+        yield f"memory is not estimated: {estimate.why_no_memory}"
+        return
+    held = "a decoder layer at a time" if estimate.tokens is None else "the whole model and its activations"
+    yield f"memory at its peak: about {estimate.peak_bytes / 1e9:,.2f} GB, {held}"
 
 
 def _modules(plan: "Plan") -> Table:

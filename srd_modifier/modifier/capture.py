@@ -35,6 +35,7 @@ from srd_modifier.checkpoint.sensitivity import ModuleSensitivity, Sensitivity
 from srd_modifier.checkpoint.writer import ResidualEntry, SidecarWriter, tensor_bytes
 from srd_modifier.distributed import Ranks
 from srd_modifier.errors import CheckpointError, RecipeError
+from srd_modifier.heap import give_back
 from srd_modifier.modifier.allocation import allocate
 from srd_modifier.modifier.bases import base_state, dequantized, packed_base, put_back
 from srd_modifier.modifier.calibrated import encode_all, predict, quantize_module
@@ -163,7 +164,7 @@ class ResidualCapture:
         """A killed calibration is resumed on the same data only.
 
         Raises:
-            ResumeError: it was other data.
+            CheckpointError: it was other data.
         """
         if self._finished_steps is not None:
             self._finished_steps.check_data(batches)
@@ -438,6 +439,8 @@ class ResidualCapture:
         self._refuse_if_nothing_lost(self.ranks.merge(lost), quantizer)
         if self._finished_steps is not None and modules:
             self._keep(modules, bases)
+        bases.clear()
+        give_back()  # or every layer would leave a little more of the heap unused
 
     def _quantize_base(self, module: nn.Linear, balance: float) -> None:
         """Quantize a weight with error feedback.

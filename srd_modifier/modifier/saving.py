@@ -13,12 +13,16 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from compressed_tensors.compressors.base import compress_module
+from compressed_tensors.quantization import QuantizationStatus
+from compressed_tensors.quantization.utils import is_module_quantized
 from torch import nn
 
 from srd_modifier.checkpoint.atomic import merge_directory
 from srd_modifier.checkpoint.save import attach_sidecar
 from srd_modifier.distributed import Ranks
 from srd_modifier.errors import SRDError
+from srd_modifier.heap import give_back
 from srd_modifier.modifier.capture import ResidualCapture
 
 
@@ -47,6 +51,8 @@ def install_save(
         with ranks.together():
             target.parent.mkdir(parents=True, exist_ok=True)
         capture.compress_remaining(target.parent)
+        if ranks.size == 1 and quantization_format is None:
+            _pack(model)
         directory = target
         with ExitStack() as stack:
             with ranks.together():
@@ -76,3 +82,19 @@ def install_save(
             write(directory)
 
     setattr(model, "save_pretrained", save_pretrained)  # noqa: B010
+
+
+def _pack(model: nn.Module) -> None:
+    """Pack what is not packed yet, as llm-compressor is about to, but keep nothing of what a module took meanwhile.
+
+    Packed weights that come to lie between temporaries of several megabytes keep these from being used again: twice as
+    much memory at the end as there are tensors.
+    """
+    give_back()
+    for module in model.modules():
+        if (
+            is_module_quantized(module)
+            and getattr(module, "quantization_status", None) != QuantizationStatus.COMPRESSED
+        ):
+            compress_module(module)
+            give_back()

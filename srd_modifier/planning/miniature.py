@@ -11,19 +11,23 @@ from srd_modifier.errors import SRDError
 from srd_modifier.planning.skeleton import stored_dtype
 from srd_modifier.planning.source import ModelSource
 
-_VOCABULARY = 4096
+SMALL_VOCABULARY = 4096
+"""Rows of an embedding that is not what is measured."""
+
 _BLOCK = 2**20
 
 
-def write_miniature(source: ModelSource, layers: int, directory: Path) -> Path:
+def write_miniature(
+    source: ModelSource, layers: int, directory: Path, *, vocabulary: int | None = SMALL_VOCABULARY
+) -> Path:
     """Write a model with the first layers of another, of random weights, and a tokenizer that knows two words.
-
-    Its vocabulary is small: the embedding and the head are not quantized, and would only take space.
 
     Args:
         source: the model.
         layers: decoder layers to keep.
         directory: to make.
+        vocabulary: at most so many rows of embedding and head, which are not quantized and, where the model is
+            streamed, only take space; None keeps all.
 
     Raises:
         SRDError: Transformers cannot build such a model.
@@ -31,7 +35,7 @@ def write_miniature(source: ModelSource, layers: int, directory: Path) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     directory.mkdir(parents=True)
-    config = _shortened(read_model_config(source.directory), layers)
+    config = _shortened(read_model_config(source.directory), layers, vocabulary)
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     try:
         parsed = AutoConfig.from_pretrained(directory)
@@ -47,11 +51,11 @@ def write_miniature(source: ModelSource, layers: int, directory: Path) -> Path:
     return directory
 
 
-def _shortened(config: dict[str, Any], layers: int) -> dict[str, Any]:
-    """A config.json with fewer layers; lists with an entry for each layer become as short."""
+def _shortened(config: dict[str, Any], layers: int, vocabulary: int | None) -> dict[str, Any]:
+    """A config.json with fewer layers and words; lists with an entry for each layer become as short."""
     config = dict(config)
     if isinstance(config.get("text_config"), dict):
-        config["text_config"] = _shortened(config["text_config"], layers)
+        config["text_config"] = _shortened(config["text_config"], layers, vocabulary)
     depth = config.get("num_hidden_layers")
     if not isinstance(depth, int):
         return config
@@ -59,7 +63,8 @@ def _shortened(config: dict[str, Any], layers: int) -> dict[str, Any]:
         if isinstance(value, list) and len(value) == depth:
             config[name] = value[:layers]
     config["num_hidden_layers"] = layers
-    config["vocab_size"] = min(_VOCABULARY, config.get("vocab_size", _VOCABULARY))
+    if vocabulary is not None:
+        config["vocab_size"] = min(vocabulary, config.get("vocab_size", vocabulary))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         config[name] = None
     return config

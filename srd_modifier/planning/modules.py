@@ -172,7 +172,7 @@ def plan_modules(model: nn.Module, recipe: "Recipe") -> ModulePlan:
         has_residual=first is not None,
         alphas=(1.0, {}) if first is None else (first.alpha, first.layer_alphas),
         format=ResidualFormat() if first is None else first.residual_format,
-        calibrates=any(modifier.requires_calibration_data for modifier in modifiers),
+        calibrates=any(m.requires_calibration_data for m in modifiers) or any(srd.needs_inputs for srd in own),
         sensitivity=any(srd.sensitivity_method != "off" for srd in own),
         candidates=() if first is None else first.candidate_formats,
         gguf=next((srd.gguf for srd in own if srd.gguf is not None), None),

@@ -11,9 +11,10 @@ from srd_modifier._extras import require
 from srd_modifier.checkpoint.writer import ResidualEntry
 from srd_modifier.errors import MissingExtraError, SRDError
 from srd_modifier.planning.alternatives import Alternative, alternatives, total_weights
+from srd_modifier.planning.estimate import Estimate
 from srd_modifier.planning.files import PlannedFiles, planned_files
 from srd_modifier.planning.modules import ModulePlan, PlannedModule, plan_modules
-from srd_modifier.planning.probe import Estimate, estimate
+from srd_modifier.planning.probe import estimate
 from srd_modifier.planning.skeleton import build_skeleton
 from srd_modifier.planning.source import ModelSource, read_source
 from srd_modifier.selection.depth import CHUNKS
@@ -102,13 +103,17 @@ class Plan:
         return asdict(self)
 
 
-def plan(model: str, recipe_path: Path, *, probe: bool = True) -> Plan:
+def plan(
+    model: str, recipe_path: Path, *, probe: bool = True, num_samples: int = 512, max_seq_length: int = 512
+) -> Plan:
     """Find out what `srd quantize` would do; config.json and the headers of the weights are all that is read.
 
     Args:
         model: a directory or hub id.
         recipe_path: a YAML recipe.
         probe: measure on shorter models what time and memory it takes.
+        num_samples: of calibration, which a recipe that calibrates takes time and memory for.
+        max_seq_length: tokens of each.
 
     Raises:
         SRDError: what `srd quantize` would refuse before it calibrates; or the hub cannot be asked.
@@ -125,7 +130,7 @@ def plan(model: str, recipe_path: Path, *, probe: bool = True) -> Plan:
     found, reason = None, None
     if probe:
         try:
-            found = estimate(source, planned, recipe_path)
+            found = estimate(source, planned, recipe_path, samples=num_samples, length=max_seq_length)
         except MissingExtraError:
             raise
         except SRDError as error:

@@ -4,24 +4,23 @@ What a layer takes depends on kernels and on the memory's bandwidth: it is measu
 of a few depths give what is paid once and what each weight adds, and the number of weights the rest.
 
 A model that is streamed has one decoder layer in memory at a time, whatever their number: its peak is that of the
-first layers. Of one that is held whole the memory is not predicted: the same quantization, run twice, differs by a
-third in its peak, by what the allocator happens to keep.
+first layers. Of one that is held whole without being calibrated the memory is not predicted. A recipe that calibrates
+has a probe of its own, `calibrated`.
 """
 
-import json
 import os
-import subprocess
-import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from srd_modifier.errors import SRDError
+from srd_modifier.planning.calibrated import estimate_calibrated
+from srd_modifier.planning.estimate import Estimate
 from srd_modifier.planning.miniature import write_miniature
 from srd_modifier.planning.modules import ModulePlan
+from srd_modifier.planning.programs import run_program
 from srd_modifier.planning.source import ModelSource
 from srd_modifier.selection.depth import count_layers, layer_of
 
@@ -36,39 +35,33 @@ _ONE_RUN = 500_000_000
 _TIMEOUT = 90.0
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What quantizing is expected to take on this machine.
+def estimate(source: ModelSource, plan: ModulePlan, recipe: Path, *, samples: int, length: int) -> Estimate:
+    """Measure short models, and what the whole one takes by them.
 
-    Attributes:
-        seconds: from the first byte read to the last one written, imports not counted; about.
-        layers: decoder layers of the runs that it is drawn from.
-        peak_bytes: the most that will be resident, imports and mapped files counted; None where the model is held
-            whole.
-        why_no_memory: why there is no such figure.
-    """
-
-    seconds: float
-    layers: tuple[int, ...]
-    peak_bytes: int | None = None
-    why_no_memory: str | None = None
-
-
-def estimate(source: ModelSource, plan: ModulePlan, recipe: Path) -> Estimate:
-    """Measure short models, and draw the line through them to the whole one.
+    Args:
+        source: the model.
+        plan: what the recipe does to it.
+        recipe: the file.
+        samples: of calibration, for a recipe that calibrates.
+        length: tokens of each.
 
     Raises:
         SRDError: there is no estimate for this recipe, model or system; the message says why.
     """
+    if plan.has_residual and plan.budget is None and any(module.residual is None for module in plan.modules):
+        raise SRDError("the recipe corrects only a part of the modules, which fewer layers do not have in proportion")
+    if not count_layers(module.name for module in plan.modules):
+        raise SRDError("the model has no decoder layers to measure")
+    if plan.calibrates:
+        return estimate_calibrated(source, plan, recipe, samples=samples, length=length)
+    return _estimate_rounded(source, plan, recipe)
+
+
+def _estimate_rounded(source: ModelSource, plan: ModulePlan, recipe: Path) -> Estimate:
+    """Draw the line through short models to the whole one."""
     if not hasattr(os, "fork"):
         raise SRDError("a process is measured in a fork, which this system does not have")
-    if plan.calibrates:
-        raise SRDError("the recipe calibrates, and what that takes depends on the data")
-    if plan.has_residual and any(module.residual is None for module in plan.modules):
-        raise SRDError("the recipe corrects only a part of the modules, which fewer layers do not have in proportion")
     layers = count_layers(module.name for module in plan.modules)
-    if not layers:
-        raise SRDError("the model has no decoder layers to measure")
     inside = sum(module.weights for module in plan.modules if layer_of(module.name) is not None)
     depths = depths_to_measure(layers, inside / layers)
     with tempfile.TemporaryDirectory(prefix="srd-plan-") as folder:
@@ -134,18 +127,4 @@ def _measure(source: ModelSource, folder: Path, depths: tuple[int, ...], recipe:
     models = [write_miniature(source, depth, folder / f"model-{depth}") for depth in depths]
     jobs = [{"model": str(model), "output": str(folder / f"output-{model.name}")} for model in models]
     order = {"recipe": str(recipe.absolute()), "seconds": SECONDS, "jobs": jobs}
-    path = folder / "order.json"
-    path.write_text(json.dumps(order), encoding="utf-8")
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
-    command = [sys.executable, "-m", "srd_modifier.planning.measuring", str(path)]
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
-    except subprocess.TimeoutExpired:
-        raise SRDError(f"the probe did not end within {_TIMEOUT:g} seconds") from None
-    lines = done.stdout.strip().splitlines()
-    if done.returncode != 0 or not lines:
-        raise SRDError(f"the probe failed: {(done.stderr.strip().splitlines() or ['it printed nothing'])[-1]}")
-    measured: dict[str, Any] = json.loads(lines[-1])
-    if measured["error"]:
-        raise SRDError(f"the probe failed: {measured['error']}")
-    return measured
+    return run_program("srd_modifier.planning.measuring", order, folder, timeout=_TIMEOUT)

@@ -21,9 +21,14 @@ _EXPERT = re.compile(r"(?:^|\.)experts\.\d+\.")
 _CONTEXT, _SWITCH = "llmcompressor.modeling.moe.context", "_CALIBRATE_ALL_EXPERTS"
 
 
+def is_expert(name: str) -> bool:
+    """Whether a module belongs to an expert that the router chooses; a shared expert is not one of them."""
+    return _EXPERT.search(name) is not None
+
+
 def experts_among(modules: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
-    """Those of the modules that belong to an expert that the router chooses; a shared expert is not one of them."""
-    return {name: module for name, module in modules.items() if _EXPERT.search(name)}
+    """Those of the modules that belong to an expert."""
+    return {name: module for name, module in modules.items() if is_expert(name)}
 
 
 @contextmanager

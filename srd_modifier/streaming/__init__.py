@@ -4,7 +4,6 @@ run        all of it in one call
 suitable   which recipes and models this takes
 originals  the weights of the model directory, brought in layer by layer
 layers     the steps: what is quantized, encoded and copied together
-memory     freed memory, given back to the system
 record     what is noted of a step that is done, for `--resume`
 pipeline   the life cycle of llm-compressor's `oneshot`, driven layer by layer
 """

@@ -13,10 +13,10 @@ from torch import Tensor
 from srd_modifier.checkpoint.base_writer import BaseWriter
 from srd_modifier.checkpoint.writer import SidecarWriter, tensor_bytes
 from srd_modifier.errors import RecipeError
+from srd_modifier.heap import give_back
 from srd_modifier.residual import ResidualFormat
 from srd_modifier.resuming.journal import Journal
 from srd_modifier.streaming.layers import Step
-from srd_modifier.streaming.memory import give_back
 from srd_modifier.streaming.originals import Originals
 from srd_modifier.streaming.record import Record
 

@@ -35,10 +35,23 @@ def test_the_tables_have_the_figures(srd, model):
 
 
 def test_a_budget_is_shown_as_the_most(srd, model):
-    shown = srd("plan", model, "--recipe", RECIPES / "srd_budget.yaml").stdout
+    shown = srd("plan", model, "--recipe", RECIPES / "srd_budget.yaml", "--no-probe").stdout
     assert "at most 5.500" in shown
     assert "up to 14" in shown
-    assert "time and memory are not estimated: the recipe calibrates" in shown
+
+
+def test_what_is_not_estimated_is_said(srd, model):
+    shown = srd("plan", model, "--recipe", RECIPES / "srd_autoround.yaml").stdout
+    assert "time and memory are not estimated: AutoRoundModifier calibrates in a way of its own" in shown
+
+
+@pytest.mark.slow
+def test_a_recipe_that_calibrates(srd_process, model):
+    data = ("--num-samples", "3", "--max-seq-length", "32")
+    done = srd_process("plan", model, "--recipe", RECIPES / "srd_gptq.yaml", *data)
+    assert (done.status, done.stderr) == (0, "")
+    assert "of given data of 96 tokens" in done.stdout
+    assert "memory at its peak: about 0." in done.stdout
 
 
 @pytest.mark.slow

@@ -66,18 +66,6 @@ def test_noise_never_makes_a_larger_model_faster() -> None:
     assert seconds_at(1000, runs(100, 200, of=lambda w: 900 - w)) == 800
 
 
-@pytest.mark.parametrize(
-    ("recipe", "reason"),
-    [
-        ("srd_gptq", "the recipe calibrates, and what that takes depends on the data"),
-        ("srd_budget", "the recipe calibrates, and what that takes depends on the data"),
-    ],
-)
-def test_what_is_not_estimated(recipe: str, reason: str, small: Path) -> None:
-    planned = plan(str(small), RECIPES / f"{recipe}.yaml")
-    assert (planned.estimate, planned.not_estimated) == (None, reason)
-
-
 def test_the_time_of_a_part_of_the_depth_is_not_estimated(small: Path, tmp_path: Path) -> None:
     text = (RECIPES / "srd_full.yaml").read_text() + "      correct: {depth: [0.4, 0.77]}\n"
     (tmp_path / "r.yaml").write_text(text)
