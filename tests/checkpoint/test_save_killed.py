@@ -160,6 +160,10 @@ class PreparedModel:
     seed: int
     base: Path
 
+    def modules(self) -> tuple[()]:
+        """All are packed."""
+        return ()
+
     def save_pretrained(self, directory: str, *args: Any, **kwargs: Any) -> None:
         Path(directory).mkdir(exist_ok=True)
         for file in self.base.iterdir():
