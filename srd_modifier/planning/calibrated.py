@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from srd_modifier.checkpoint.config import read_model_config
 from srd_modifier.errors import SRDError
 from srd_modifier.loading import room_for_weights
 from srd_modifier.planning.estimate import Estimate
@@ -78,7 +77,7 @@ def estimate_calibrated(source: ModelSource, plan: ModulePlan, recipe: Path, *, 
     """
     from srd_modifier.quantizing import load_recipe
 
-    loaded = load_recipe(recipe)
+    loaded, text = load_recipe(recipe), _text_config(source)
     _refuse_unknown(plan, loaded)
     layers = count_layers(module.name for module in plan.modules)
     inside = sum(module.weights for module in plan.modules if layer_of(module.name) is not None) / layers
@@ -96,14 +95,14 @@ def estimate_calibrated(source: ModelSource, plan: ModulePlan, recipe: Path, *, 
             "output": str(folder / "output"),
             "samples": few,
             "length": length,
-            "vocabulary": _text_config(source)["vocab_size"],
+            "vocabulary": text.vocab_size,
         }
         run = run_program("srd_modifier.planning.calibrating", order, folder, timeout=_TIMEOUT)
     weights = sum(module.weights for module in plan.modules)
     base = sum(module.base_bytes for module in plan.modules)
     tokens = _sensitivity_tokens(loaded)
     # what one layer hands to the next, in 16 bits as the weights are
-    hidden = 2 * length * _text_config(source)["hidden_size"]
+    hidden = 2 * length * text.hidden_size
     kept = hidden if plan.sensitivity else 0
     whole = Size(weights, source.weight_bytes, base, layers * kept, samples, min(samples * length, tokens))
     part = run["weights"] / weights
@@ -192,7 +191,8 @@ def _sensitivity_tokens(recipe: "Recipe") -> int:
     return 1 if first is None else int(first.sensitivity_tokens)
 
 
-def _text_config(source: ModelSource) -> dict[str, Any]:
-    config = read_model_config(source.directory)
-    text = config.get("text_config")
-    return dict(text) if isinstance(text, dict) else config
+def _text_config(source: ModelSource) -> Any:
+    """The language model's configuration, whose fields have the same names in every architecture."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(source.directory).get_text_config()

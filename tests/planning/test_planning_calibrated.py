@@ -90,6 +90,23 @@ def test_experts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_architecture_with_other_names_in_its_config(tmp_path: Path) -> None:
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    config = GPTJConfig(
+        n_embd=128, n_layer=2, n_head=4, rotary_dim=16, n_inner=256, n_positions=64, vocab_size=4096, eos_token_id=0
+    )
+    model = save_model(GPTJForCausalLM(config), tmp_path / "gptj")
+    recipe = tmp_path / "recipe.yaml"
+    modifiers = {"SRDModifier": {"ignore": ["lm_head"]}, "GPTQModifier": SCHEME}
+    recipe.write_text(yaml.safe_dump({"quant_stage": {"quant_modifiers": modifiers}}, sort_keys=False))
+    planned = plan(str(model), recipe, num_samples=2, max_seq_length=16)
+    assert planned.not_estimated is None
+    assert planned.estimate is not None
+    assert planned.estimate.tokens == 32
+
+
+@pytest.mark.slow
 def test_a_probe_that_fails_says_why(small: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     srd = SCHEME | {"base_rounding": "feedback", "correct": {"max_divergence": 1e-30}}
