@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.models import REPOSITORY, SCHEME, TINY_LLAMA
-from benchmarks.scratch import scratch
+from benchmarks.scratch import contents, scratch
 
 _LENGTH = 256
 
@@ -106,11 +106,6 @@ def write_model(directory: Path, layers: int) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY_LLAMA / name, directory / name)
     return directory
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    """The bytes of every file."""
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def main() -> None:

@@ -66,13 +66,17 @@ def print_cost(cost: Cost) -> None:
     print(json.dumps(asdict(cost)), flush=True)
 
 
+def environment() -> dict[str, str]:
+    """That of a run: no hub is asked, and nothing is shown on the way."""
+    return os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+
+
 def run(module: str, arguments: Sequence[str]) -> Cost:
     """Run `python -m MODULE ARGUMENTS` and read the cost it prints."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
     finished = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=REPOSITORY,
-        env=environment,
+        env=environment(),
         capture_output=True,
         text=True,
         check=False,

@@ -28,8 +28,8 @@ from pathlib import Path
 import yaml
 
 from benchmarks.models import REPOSITORY, SCHEME, SHAPES, write_random
-from benchmarks.process import measure, print_cost, run
-from benchmarks.scratch import scratch
+from benchmarks.process import environment, measure, print_cost, run
+from benchmarks.scratch import contents, scratch
 
 _MODULE = "benchmarks.resume_cost"
 _LENGTH = 512
@@ -66,7 +66,7 @@ def kill_when(finished: Callable[[], bool], arguments: list[str]) -> float:
         cwd=REPOSITORY,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"},
+        env=environment(),
     )
     while not finished():
         if child.poll() is not None:
@@ -81,10 +81,6 @@ def kill_when(finished: Callable[[], bool], arguments: list[str]) -> float:
 def directory_bytes(directory: Path) -> int:
     """Bytes of the files in a directory as they are allocated: those reserved and not written count."""
     return sum(path.stat().st_blocks * 512 for path in directory.rglob("*") if path.is_file())
-
-
-def _contents(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def _case(model: Path, layers: int, recipe: Path, folder: Path, samples: int) -> str:
@@ -105,7 +101,7 @@ def _case(model: Path, layers: int, recipe: Path, folder: Path, samples: int) ->
     kill_when(lambda: layers_done("late") >= layers, arguments("late", "keep"))
     waiting = directory_bytes(folder / ".late.unfinished.partial")
     late = timed("late", "resume")
-    outputs = [_contents(folder / name) for name in ("unkept", "whole", "half", "late")]
+    outputs = [contents(folder / name) for name in ("unkept", "whole", "half", "late")]
     same = "identical" if all(output == outputs[0] for output in outputs) else "DIFFERENT"
     size = directory_bytes(folder / "whole")
     return (

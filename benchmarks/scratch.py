@@ -15,3 +15,8 @@ def scratch() -> Iterator[Path]:
     parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="srd-bench-", dir=parent) as folder:
         yield Path(folder)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """The bytes of every file."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}

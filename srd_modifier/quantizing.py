@@ -11,7 +11,7 @@ from srd_modifier._extras import require
 from srd_modifier.calibration import SELF, as_dataset, from_file, from_model
 from srd_modifier.checkpoint.atomic import new_directory, refuse_existing, write_text
 from srd_modifier.checkpoint.base_writer import MAX_FILE
-from srd_modifier.checkpoint.locate import find_model
+from srd_modifier.checkpoint.locate import find_safetensors
 from srd_modifier.distributed import Ranks, launched, own_part
 from srd_modifier.errors import RecipeError, SRDError
 from srd_modifier.loading import load_tokenizer, loaded_model
@@ -133,7 +133,7 @@ def _task(
     others = {"--dataset or --pipeline": pipeline}
     if dataset == SELF:  # written once, and kept
         others["set of samples"] = f"{SELF} {samples}"
-    return task_of(find_model(model_name, fetch_weights=True), recipe, others)
+    return task_of(find_safetensors(model_name), recipe, others)
 
 
 def _calibrated_workplace(
@@ -186,11 +186,9 @@ def _stream(
     from srd_modifier.streaming.run import StreamedModel
 
     try:
-        directory = find_model(model_name, fetch_weights=True)
+        directory = find_safetensors(model_name)
     except SRDError as error:
         return str(error)  # Transformers has a message of its own
-    if not any(directory.glob("model*.safetensors")):
-        return "it has no safetensors files"
     streamed = StreamedModel(read_source(str(directory)), recipe)
     if streamed.unsuitable is None:
         tokenizer = load_tokenizer(model_name)
@@ -340,12 +338,19 @@ def _samples(
         return [list(sample) for sample in dataset]
     if dataset == SELF:
         if kept is not None and kept.is_file():
-            return json.loads(kept.read_text(encoding="utf-8"))
+            return _kept_samples(kept)
         samples = from_model(model, tokenizer, **settings)
         if kept is not None:
             write_text(kept, json.dumps(samples))
         return samples
     return from_file(Path(dataset), tokenizer, **settings)
+
+
+def _kept_samples(path: Path) -> list[list[int]]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SRDError(f"cannot read {path}: {error}; pass --overwrite instead of --resume to start anew") from error
 
 
 def _check_known(dataset: str) -> None:

@@ -47,6 +47,19 @@ def find_model(
     return _find_snapshot(str(name), fetch_weights, revision=revision, cache_dir=cache_directory)
 
 
+def find_safetensors(name: str) -> Path:
+    """The directory of a model whose weights are in safetensors files on this machine.
+
+    Raises:
+        SRDError: There is no such model, or it has none.
+        CheckpointError: Its config.json is damaged.
+    """
+    directory = find_model(name, fetch_weights=True)
+    if not any(directory.glob("model*.safetensors")):
+        raise SRDError("it has no safetensors files")
+    return directory
+
+
 def _find_snapshot(hub_id: str, fetch_weights: bool, **where: Any) -> Path:
     from huggingface_hub import snapshot_download
     from transformers.utils.hub import cached_file

@@ -8,42 +8,33 @@ that were quantized; and `error`, the sentence that says why it failed, if it di
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from srd_modifier.planning.programs import read_order, why_it_failed
 from srd_modifier.planning.stages import Stages
 
 
 def main() -> None:
     """Run the job of the file that the command line names."""
-    # imports are not what is measured
-    import llmcompressor  # noqa: F401
-
-    import srd_modifier.modifier  # noqa: F401
-    from srd_modifier.cli._quiet import quiet_libraries
-
-    quiet_libraries(bars=False)
-    print(json.dumps(_run(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))), flush=True)
+    print(json.dumps(_run(read_order())), flush=True)
 
 
 def _run(order: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from srd_modifier.checkpoint.base import BaseCheckpoint
-    from srd_modifier.errors import SRDError
     from srd_modifier.quantizing import quantize
 
     shape = (order["samples"], order["length"])
     samples = torch.randint(order["vocabulary"], shape, generator=torch.Generator().manual_seed(0)).tolist()
     stages = Stages()
-    try:
-        with stages:
-            quantize(order["model"], Path(order["recipe"]), Path(order["output"]), dataset=samples)
-    except SRDError as error:
-        return {"error": str(error)}
-    except Exception as error:  # of whatever kind: the one who asked has to know why there is no figure
-        return {"error": f"{type(error).__name__}: {error}"}
+    with stages:
+        error = why_it_failed(
+            lambda: quantize(order["model"], Path(order["recipe"]), Path(order["output"]), dataset=samples)
+        )
+    if error is not None:
+        return {"error": error}
     return {
         "seconds": stages.seconds,
         "peaks": stages.peaks,

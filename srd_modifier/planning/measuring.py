@@ -12,22 +12,16 @@ The first is then done once more, in this process, for the memory: a fork does n
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from srd_modifier.planning.programs import read_order, why_it_failed
+
 
 def main() -> None:
     """Run the jobs of the file that the command line names."""
-    # imports are not what is measured
-    import llmcompressor  # noqa: F401
-
-    import srd_modifier.modifier  # noqa: F401
-    from srd_modifier.cli._quiet import quiet_libraries
-
-    quiet_libraries(bars=False)
-    order = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    order = read_order()
     started = time.perf_counter()
     runs: list[dict[str, Any]] = []
     result: dict[str, Any] = {"runs": runs, "peak_bytes": None, "error": None}
@@ -75,16 +69,12 @@ def _peak_bytes() -> int:
 
 def _run(job: dict[str, str], recipe: Path) -> dict[str, Any]:
     from srd_modifier.checkpoint.base import BaseCheckpoint
-    from srd_modifier.errors import SRDError
     from srd_modifier.quantizing import quantize
 
     begun = time.perf_counter()
-    try:
-        quantize(job["model"], recipe, Path(job["output"]))
-    except SRDError as error:
-        return {"error": str(error)}
-    except Exception as error:  # of whatever kind: the one who asked has to know why there is no figure
-        return {"error": f"{type(error).__name__}: {error}"}
+    error = why_it_failed(lambda: quantize(job["model"], recipe, Path(job["output"])))
+    if error is not None:
+        return {"error": error}
     seconds = time.perf_counter() - begun
     weights, _ = BaseCheckpoint(Path(job["output"])).quantized_size()
     return {"seconds": seconds, "weights": weights}

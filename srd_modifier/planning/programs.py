@@ -1,9 +1,10 @@
-"""Programs that quantize small models for their cost, each in a process of its own."""
+"""Programs that quantize small models for their cost, each in a process of its own: from outside and from inside."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +39,26 @@ def run_program(module: str, order: dict[str, Any], folder: Path, *, timeout: fl
     if found["error"]:
         raise SRDError(f"the probe failed: {found['error']}")
     return found
+
+
+def read_order() -> dict[str, Any]:
+    """In such a program: import what is not measured, and read the file that the command line names."""
+    import llmcompressor  # noqa: F401 - for the time that it takes
+
+    import srd_modifier.modifier  # noqa: F401 - likewise
+    from srd_modifier.cli._quiet import quiet_libraries
+
+    quiet_libraries(bars=False)
+    order: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    return order
+
+
+def why_it_failed(work: Callable[[], None]) -> str | None:
+    """In such a program: do some work, and say in a sentence why it failed, if it did."""
+    try:
+        work()
+    except SRDError as error:
+        return str(error)
+    except Exception as error:  # of whatever kind: the one who asked has to know why there is no figure
+        return f"{type(error).__name__}: {error}"
+    return None

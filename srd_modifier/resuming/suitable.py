@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from srd_modifier.checkpoint.locate import find_model
+from srd_modifier.checkpoint.locate import find_safetensors
 from srd_modifier.distributed import Ranks
 from srd_modifier.errors import SRDError
 
@@ -35,9 +35,7 @@ def why_not_resumable(model_name: str, recipe: "Recipe", ranks: Ranks) -> str | 
     if any(modifier.spool_dir for modifier in own):
         return "its spool_dir is emptied when a process starts"
     try:
-        directory = find_model(model_name, fetch_weights=True)
+        find_safetensors(model_name)
     except SRDError as error:
         return str(error)  # Transformers has a message of its own
-    if not any(directory.glob("model*.safetensors")):
-        return "the model has no safetensors files"
     return None

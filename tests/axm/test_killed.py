@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+import forked
 import pytest
 from containers import SECRET, write_files
 from small_checkpoint import digests
@@ -58,17 +59,8 @@ def containers(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def start(work: Callable[[], object]) -> int:
-    """A forked process that does some work and exits with 0."""
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)  # a child that hangs must not hang the tests
-        os.fsync = lambda descriptor: None  # takes long, and a killed process loses nothing that it has written
-        try:
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return child
+    """A forked process that does some work without waiting for the disk, and exits with 0."""
+    return forked.start(work, fsync=False)
 
 
 def kill_often(

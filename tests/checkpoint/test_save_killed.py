@@ -8,16 +8,15 @@ import json
 import os
 import resource
 import shutil
-import signal
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
+import forked
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -54,24 +53,12 @@ EVENTS = {
     "shutil.copyfile",
 }
 CALLS = ("pwrite", "posix_fallocate", "sendfile", "write", "ftruncate")
-KILLED, FINISHED, FAILED = 9, 0, 1
-TOO_LONG = 60
+KILLED, FINISHED = 9, 0
 
 
 def in_child(work: Callable[[], int]) -> int:
     """Exit status of a forked process that does some work."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        signal.alarm(TOO_LONG)  # a child that hangs must not hang the tests
-        try:
-            os._exit(work())
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(FAILED)
-    _, status = os.waitpid(child, 0)
+    status = forked.in_child(lambda: os._exit(work()))
     assert os.WIFEXITED(status), f"the child died of signal {os.WTERMSIG(status)}"
     return os.WEXITSTATUS(status)
 

@@ -4,12 +4,12 @@ import os
 import shutil
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import forked
 from safetensors.torch import save_file
 from streamed import differing
 
@@ -18,25 +18,11 @@ from srd_modifier.resuming.journal import Journal
 from srd_modifier.resuming.workplace import unfinished
 
 _EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "shutil.copyfile"}
-_TOO_LONG = 60
 
 
-def in_child(run: Callable[[], object]) -> int:
-    """The wait status of a forked process that does some work."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        signal.alarm(_TOO_LONG)  # a child that hangs must not hang the tests
-        os.fsync = lambda descriptor: None  # takes long, and a killed process loses nothing that it has written
-        try:
-            run()
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
-        os._exit(0)
-    return os.waitpid(child, 0)[1]
+def in_child(work: Callable[[], object]) -> int:
+    """The wait status of a forked process that does some work without waiting for the disk."""
+    return forked.in_child(work, fsync=False)
 
 
 def die() -> None:

@@ -282,6 +282,12 @@ def test_the_models_own_samples_are_not_written_again(
     monkeypatch.setattr(quantizing, "from_model", never)
     with pytest.raises(CheckpointError, match="was begun with another set of samples"):
         quantization.run(resume=True, num_samples=5)
+    samples = quantization.place / "samples.json"
+    content = samples.read_bytes()
+    samples.write_bytes(content[:-3])
+    with pytest.raises(SRDError, match=r"^cannot read .*samples\.json: .*; pass --overwrite instead of --resume"):
+        quantization.run(resume=True)
+    samples.write_bytes(content)
     quantization.resume()
 
 
